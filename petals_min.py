@@ -97,7 +97,7 @@ from hivemind.utils import MSGPackSerializer, get_dht_time  # noqa: E402
 from hivemind.utils.multiaddr import Multiaddr  # noqa: E402
 from transformers import AutoConfig, PretrainedConfig  # noqa: E402
 
-from kernels import attention  # noqa: E402
+from kernels import attention, norm  # noqa: E402
 
 multiprocessing.set_start_method(
     _start_method, force=True
@@ -2118,7 +2118,7 @@ class _Distributed:
         checkpoint = Checkpoint(name, **hub)
         with torch.device("meta"):
             wanted = cls(config).state_dict()
-        tensors = checkpoint.select(wanted, f"{cls.base_model_prefix}." if issubclass(cls, _Head) else "")
+        tensors = checkpoint.select(wanted, f"{cls.base_model_prefix}.")
         if not tensors:
             raise UserError(
                 f"{name!r} holds none of {cls.__name__}'s own tensors ({', '.join(list(wanted)[:3])}, …)"
@@ -2364,7 +2364,8 @@ class _CausalLM(_Head):
         )
         session = model_kwargs.get("past_key_values")
         if isinstance(session, InferenceSession) and session.max_length is None:
-            session.max_length = max_cache_length + 1
+            lookahead = generation_config.prompt_lookup_num_tokens or 0  # its candidates may pass the end
+            session.max_length = max_cache_length + 1 + lookahead
 
 
 _KINDS = {"Model": _Base, "ForCausalLM": _CausalLM, "ForSequenceClassification": _Head}
@@ -2425,48 +2426,44 @@ class AutoDistributedModelForSequenceClassification(_Auto):
 
 class Rotary:
     """Rotary embeddings of every variant that transformers knows. Some depend on how long a row is (dynamic NTK,
-    LongRoPE); then each row gets its own frequencies, as it would have alone. Executor thread."""
+    LongRoPE): each row gets its own frequencies, as it would have alone. Executor thread."""
 
-    def __init__(self, config: PretrainedConfig, device: torch.device):
-        self.config, self.device = config, device
-        self.kind = config.rope_parameters["rope_type"]
-        self.original = config.rope_parameters.get(
-            "original_max_position_embeddings", config.max_position_embeddings
-        )
+    def __init__(self, config: PretrainedConfig, spec: BlockSpec, device: torch.device):
+        self.config, self.spec, self.device = config, spec, device
+        rope = getattr(config, "rope_parameters", None) or {}
+        self.kind, self.theta = rope.get("rope_type", "default"), rope.get("rope_theta", 1e4)
+        self.limit = rope.get("original_max_position_embeddings") if self.kind == "longrope" else None
+        self.limit = self.limit or getattr(config, "max_position_embeddings", 0)
         self._frequencies = functools.lru_cache(maxsize=64)(self._compute)
 
     def _compute(self, length: Optional[int]) -> tuple[Tensor, float]:
+        """Radians per token [D / 2], and what cos and sin are multiplied by."""
         if self.kind == "default":
-            base = (
-                transformers.models.llama.modeling_llama.LlamaRotaryEmbedding.compute_default_rope_parameters
-            )
-            frequencies, scale = base(self.config)
-        else:
-            rules = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS
-            frequencies, scale = rules[self.kind](self.config, self.device, seq_len=length)
-        return frequencies.to(self.device, torch.float32), scale
+            size = self.spec.head_dim
+            return self.theta ** -(torch.arange(0, size, 2, device=self.device).float() / size), 1.0
+        rule = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[self.kind]
+        frequencies, scale = rule(self.config, self.device, seq_len=length)
+        return frequencies.float(), scale
 
-    def _key(self, length: int) -> Optional[int]:
-        if self.kind == "longrope":
-            return self.original + 1 if length > self.original else None
-        return length if self.kind == "dynamic" and length > self.config.max_position_embeddings else None
+    def _of(self, length: int) -> tuple[Tensor, float]:
+        """The frequencies for a row of this length: the plain ones up to the variant's limit."""
+        stretched = self.kind in ("dynamic", "longrope") and length > self.limit
+        return self._frequencies(
+            (self.limit + 1 if self.kind == "longrope" else length) if stretched else None
+        )
 
-    def __call__(
-        self, positions: Tensor, rows: Sequence[tuple[int, int]], dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """cos and sin [tokens, 1, D] at `positions` [tokens]; `rows`: (tokens, final length) of each row, in order."""
-        keys = [self._key(length) for _, length in rows]
-        if len(set(keys)) <= 1:
-            frequencies, scale = self._frequencies(keys[0] if keys else None)
-            angles = positions[:, None].float() * frequencies
-        else:
-            parts = positions.split([tokens for tokens, _ in rows])
-            found = [self._frequencies(key) for key in keys]
-            angles = torch.cat([part[:, None].float() * f for part, (f, _) in zip(parts, found, strict=True)])
-            scale = torch.cat(
-                [torch.full((len(p), 1, 1), s) for p, (_, s) in zip(parts, found, strict=True)]
-            ).to(self.device)
-        angles = torch.cat((angles, angles), dim=-1)[:, None]
+    def __call__(self, positions: Tensor, rows: Sequence[tuple[int, int]], dtype: torch.dtype) -> tuple:
+        """cos and sin [tokens, D] at `positions` [tokens]; `rows`: (tokens, final length) of each row, in order.
+        (None, None) for a family without rotary embeddings."""
+        if not self.spec.rotary:
+            return None, None
+        found = [self._of(length) for _, length in rows]
+        frequencies, scale = found[0]
+        if any(entry is not found[0] for entry in found):
+            counts = torch.tensor([tokens for tokens, _ in rows], device=self.device)
+            frequencies = torch.stack([f for f, _ in found]).repeat_interleave(counts, dim=0)
+            scale = torch.tensor([s for _, s in found], device=self.device).repeat_interleave(counts)[:, None]
+        angles = (positions[:, None] * frequencies).repeat(1, 2)
         return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
@@ -2476,9 +2473,8 @@ def alibi_slopes(spec: BlockSpec) -> Tensor:
     power = 2 ** math.floor(math.log2(spec.heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(spec.heads - power)]
-    if spec.alibi == "falcon":
-        return torch.tensor(slopes).bfloat16() / math.sqrt(spec.head_dim)
-    return torch.tensor(slopes)
+    falcon = spec.alibi == "falcon"
+    return torch.tensor(slopes).bfloat16() / math.sqrt(spec.head_dim) if falcon else torch.tensor(slopes)
 
 
 class Block:
@@ -2492,29 +2488,31 @@ class Block:
         self.spec, self.weights = spec, weights
         self.act = transformers.activations.ACT2FN[spec.act]
         self.device = weights["norm1.weight"].device
-        self.slopes = alibi_slopes(spec).to(self.device) if spec.alibi else None
-        self.scale = spec.head_dim**-0.5
+        slopes = alibi_slopes(spec).to(self.device) if spec.alibi else None
+        self.attention = {"scale": spec.head_dim**-0.5, "slopes": slopes, "window": spec.window}
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
 
-    def _norm(self, name: str, x: Tensor) -> Tensor:
-        weight = self.weights[name + ".weight"]
-        if not self.spec.rms_norm:
-            return F.layer_norm(x, (x.shape[-1],), weight, self.weights.get(name + ".bias"), self.spec.eps)
-        wide = x.float()
-        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.spec.eps)).to(x.dtype)
+    def _norm(self, name: str, x: Tensor, residual: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+        """x + residual, and its norm."""
+        weight, bias = self.weights[name + ".weight"], self.weights.get(name + ".bias")
+        kind = "rms" if self.spec.rms_norm else "layer"
+        return norm.add_norm(x, residual, weight, bias, eps=self.spec.eps, kind=kind)
+
+    def _gated(self, both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        return norm.silu_mul(gate, up) if self.spec.act == "silu" else self.act(gate) * up
 
     def _experts(self, x: Tensor) -> Tensor:
         """Mixture of experts: each token goes through its top_k experts, weighted by the router's renormalized odds."""
-        odds = F.linear(x, self.weights["router.weight"]).float().softmax(-1)
-        chances, chosen = odds.topk(self.spec.top_k, dim=-1)
+        chances, chosen = self._linear("router", x).float().softmax(-1).topk(self.spec.top_k, dim=-1)
         chances = (chances / chances.sum(-1, keepdim=True)).to(x.dtype)
         output = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
             token, place = torch.where(chosen == expert)
-            gate, up = F.linear(x[token], self.weights["experts_up.weight"][expert]).chunk(2, dim=-1)
-            result = F.linear(self.act(gate) * up, self.weights["experts_down.weight"][expert])
+            inner = self._gated(F.linear(x[token], self.weights["experts_up.weight"][expert]))
+            result = F.linear(inner, self.weights["experts_down.weight"][expert])
             output = output.index_add(0, token, result * chances[token, place, None])
         return output
 
@@ -2522,33 +2520,23 @@ class Block:
         if self.spec.experts:
             return self._experts(x)
         up = self._linear("up", x)
-        if not self.spec.gated:
-            return self._linear("down", self.act(up))
-        gate, up = up.chunk(2, dim=-1)
-        return self._linear("down", self.act(gate) * up)
+        return self._linear("down", self._gated(up) if self.spec.gated else self.act(up))
 
-    def __call__(
-        self, x: Tensor, rope: Optional[tuple[Tensor, Tensor]], attend: Callable[..., Tensor]
-    ) -> Tensor:
-        """[tokens, H] -> [tokens, H]. `attend(block, q, k, v)` takes [tokens, heads, D] each and returns q's shape."""
-        spec = self.spec
-        N, K, D = spec.heads, spec.kv_heads, spec.head_dim
-        normed = self._norm("norm1", x)
+    def __call__(self, x: Tensor, attend: Callable[[Block, Tensor], Tensor]) -> Tensor:
+        """[tokens, H] -> [tokens, H]. `attend(block, qkv)` turns [tokens, N + 2 * K, D] into [tokens, N, D]: rotary
+        embeddings, cache and attention."""
+        N, K, D = self.spec.heads, self.spec.kv_heads, self.spec.head_dim
+        _, normed = self._norm("norm1", x)
         qkv = self._linear("qkv", normed).view(-1, N + 2 * K, D)
-        qk, v = qkv[:, : N + K], qkv[:, N + K :]
         if "q_norm.weight" in self.weights:
-            qk = torch.cat([self._norm("q_norm", qk[:, :N]), self._norm("k_norm", qk[:, N:])], dim=1)
-        if rope is not None:
-            cos, sin = rope
-            left, right = qk.chunk(2, dim=-1)
-            qk = qk * cos + torch.cat((-right, left), dim=-1) * sin
-        attended = self._linear("out", attend(self, qk[:, :N], qk[:, N:], v).reshape(-1, N * D))
-        if spec.parallel:
-            other = self._norm("norm2", x) if "norm2.weight" in self.weights else normed
+            q, k, v = qkv.split([N, K, K], dim=1)
+            qkv = torch.cat([self._norm("q_norm", q)[1], self._norm("k_norm", k)[1], v], dim=1)
+        attended = self._linear("out", attend(self, qkv).reshape(-1, N * D))
+        if self.spec.parallel:
+            other = self._norm("norm2", x)[1] if "norm2.weight" in self.weights else normed
             return x + (self._mlp(other) + attended)
-        x = (normed if spec.norm_residual else x) + attended
-        normed = self._norm("norm2", x)
-        return (normed if spec.norm_residual else x) + self._mlp(normed)
+        x, after = self._norm("norm2", attended, normed if self.spec.norm_residual else x)
+        return (after if self.spec.norm_residual else x) + self._mlp(after)
 
 
 def load_block(
@@ -2562,57 +2550,44 @@ def load_block(
     checkpoint lacks a weight or has another shape than the config says."""
     family, weights = family_of(config), {}
     spec = family.spec(config, index)
-    marks = (
-        f"{family.layers}.{index}.",
-        f"model.{family.layers}.{index}.",
-        f"transformer.{family.layers}.{index}.",
-    )
+    layer = f"{family.layers}.{index}."
+    marks = (layer, f"model.{layer}", f"transformer.{layer}")
     mark = next((m for m in marks if any(name.startswith(m) for name in checkpoint.files)), None)
     if mark is None:
-        raise UserError(f"{checkpoint.name!r} holds no block {index} (no tensor named {marks[0]}…)")
-    for ours, theirs in family.names.items():
-        for kind in (".weight", ".bias"):
-            copies = range(spec.experts) if ours.startswith("experts") else (0,)
-            names = [
-                _find(checkpoint, mark, t.replace("{expert}", str(e)), kind) for e in copies for t in theirs
-            ]
-            if None in names:
-                needed = kind == ".weight" and ours in (
-                    "norm1",
-                    "qkv",
-                    "out",
-                    "up",
-                    "down",
-                    "router",
-                    "experts_up",
-                )
-                if needed:
-                    raise UserError(f"{checkpoint.name!r} lacks {mark}{theirs[0]}{kind}")
-                continue
-            shapes = [checkpoint.shape(name) for name in names]
-            whole = torch.empty((sum(s[0] for s in shapes), *shapes[0][1:]), dtype=dtype, device=device)
-            for name, part in zip(names, whole.split([s[0] for s in shapes]), strict=True):
-                part.copy_(checkpoint.read(name))
-            if ours == "qkv" and spec.fused_qkv:
-                whole = _unfuse(whole, spec)
-            weights[ours + kind] = whole.view(spec.experts, -1, whole.shape[-1]) if len(copies) > 1 else whole
-    wanted = ((spec.heads + 2 * spec.kv_heads) * spec.head_dim, spec.hidden)
-    if tuple(weights["qkv.weight"].shape) != wanted:
-        came = tuple(weights["qkv.weight"].shape)
+        raise UserError(f"{checkpoint.name!r} holds no block {index} (no tensor named {layer}…)")
+    for ours, kind in itertools.product(family.names, (".weight", ".bias")):
+        copies = range(spec.experts) if ours.startswith("experts") else (0,)
+        theirs = [
+            [mark + other + kind for other in name.replace("{expert}", str(copy_)).split("|")]
+            for copy_, name in itertools.product(copies, family.names[ours])
+        ]
+        names = [next((name for name in some if name in checkpoint.files), None) for some in theirs]
+        if None in names:
+            if kind == ".weight" and ours not in ("norm2", "q_norm", "k_norm"):  # those that some models lack
+                raise UserError(f"{checkpoint.name!r} lacks {theirs[names.index(None)][0]}")
+            continue
+        shapes = [checkpoint.shape(name) for name in names]
+        rows = [shape[0] for shape in shapes]
+        whole = torch.empty((sum(rows), *shapes[0][1:]), dtype=dtype, device=device)
+        for name, part in zip(names, whole.split(rows), strict=True):
+            part.copy_(checkpoint.read(name))
+        if (
+            ours == "qkv" and spec.fused_qkv
+        ):  # per key head its query heads, the key, the value -> all q, all k, all v
+            group = whole.view(spec.kv_heads, -1, spec.head_dim, *whole.shape[1:])
+            whole = torch.cat(
+                [part.flatten(0, 2) for part in (group[:, :-2], group[:, -2:-1], group[:, -1:])]
+            )
+        weights[ours + kind] = whole.view(len(copies), -1, whole.shape[-1]) if len(copies) > 1 else whole
+    came, wanted = (
+        weights["qkv.weight"].shape,
+        ((spec.heads + 2 * spec.kv_heads) * spec.head_dim, spec.hidden),
+    )
+    if tuple(came) != wanted:
         raise UserError(
-            f"{checkpoint.name!r}, block {index}: q, k and v together are {came}, the config says {wanted}"
+            f"{checkpoint.name!r}, block {index}: q, k, v are {list(came)}, the config says {list(wanted)}"
         )
     return Block(spec, weights)
-
-
-def _find(checkpoint: Checkpoint, mark: str, name: str, kind: str) -> Optional[str]:
-    return next((mark + n + kind for n in name.split("|") if mark + n + kind in checkpoint.files), None)
-
-
-def _unfuse(whole: Tensor, spec: BlockSpec) -> Tensor:
-    """From one group per key head (its query heads, the key, the value) to all queries, all keys, all values."""
-    group = whole.view(spec.kv_heads, spec.heads // spec.kv_heads + 2, spec.head_dim, *whole.shape[1:])
-    return torch.cat([part.flatten(0, 2) for part in (group[:, :-2], group[:, -2:-1], group[:, -1:])])
 
 
 # ======================================================================================================================
@@ -2629,14 +2604,17 @@ class PagePool:
         self, specs: dict[int, BlockSpec], tokens: int, dtype: torch.dtype, device: torch.device | str
     ):
         self.count = max(1, tokens // PAGE)
-        self.k, self.v = ({i: self._empty(s, dtype, device) for i, s in specs.items()} for _ in range(2))
-        self.free = bytearray(b"\1" * self.count)  # 1: free
+        self.k, self.v = (
+            {
+                index: torch.zeros(self.count, PAGE, spec.kv_heads, spec.head_dim, dtype=dtype, device=device)
+                for index, spec in specs.items()
+            }
+            for _ in range(2)
+        )
+        self.free = bytearray(b"\1" * self.count)  # per page, 1: free
         self.waiting: deque[tuple[int, asyncio.Future]] = (
             deque()
         )  # pages wanted, in the order they were asked for
-
-    def _empty(self, spec: BlockSpec, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        return torch.zeros(self.count, PAGE, spec.kv_heads, spec.head_dim, dtype=dtype, device=device)
 
     @property
     def tokens_left(self) -> int:
@@ -2646,42 +2624,38 @@ class PagePool:
         """Pages for so many rows of so many tokens; waits its turn for at most `timeout` seconds. AllocationFailed with
         the numbers if there will not be room. Rows get runs of consecutive pages where there are such."""
         each = -(-tokens // PAGE)
-        need = rows * each
+        need, total = rows * each, self.count * PAGE
+        wanted = f"{need * PAGE} cache tokens ({rows} rows of {tokens})"
         if need > self.count:
-            raise AllocationFailed(
-                f"the session needs {need * PAGE} cache tokens ({rows} rows of {tokens}), this server has only "
-                f"{self.count * PAGE} in all"
-            )
+            raise AllocationFailed(f"the session needs {wanted}, this server has only {total} in all")
         if self.waiting or need > self.free.count(1):
             turn = asyncio.get_running_loop().create_future()
-            entry = (need, turn)
-            self.waiting.append(entry)
+            self.waiting.append((need, turn))
             try:
                 await asyncio.wait_for(turn, timeout)
             except asyncio.TimeoutError:
                 raise AllocationFailed(
-                    f"no room for {need * PAGE} cache tokens within {timeout:g} s: {self.tokens_left} of "
-                    f"{self.count * PAGE} are free, {len(self.waiting) - 1} other sessions wait"
+                    f"no room for {wanted} within {timeout:g} s: {self.tokens_left} of {total} are free, "
+                    f"{len(self.waiting) - 1} other sessions wait"
                 ) from None
             finally:
-                with contextlib.suppress(ValueError):
-                    self.waiting.remove(entry)
+                self.waiting.remove((need, turn))
+                claimed = self._claim(rows, each) if turn.done() and not turn.cancelled() else []
                 self._wake()
+            return claimed
         return self._claim(rows, each)
 
     def _claim(self, rows: int, each: int) -> list[list[int]]:
-        run = self.free.find(b"\1" * (rows * each)) if rows * each else 0
-        result = []
+        """Mark pages as taken: best one run for all rows, else one per row, else whatever is free."""
+        run, result = self.free.find(b"\1" * (rows * each)), []
         for row in range(rows):
             start = run + row * each if run >= 0 else self.free.find(b"\1" * each)
-            pages = range(start, start + each) if start >= 0 else self._singles(each)
+            scattered = (page for page, free in enumerate(self.free) if free)
+            pages = list(range(start, start + each) if start >= 0 else itertools.islice(scattered, each))
             for page in pages:
                 self.free[page] = 0
-            result.append(list(pages))
+            result.append(pages)
         return result
-
-    def _singles(self, count: int) -> list[int]:
-        return list(itertools.islice((page for page, free in enumerate(self.free) if free), count))
 
     def give_back(self, rows: list[list[int]]) -> None:
         for page in itertools.chain.from_iterable(rows):
@@ -2689,14 +2663,14 @@ class PagePool:
         self._wake()
 
     def _wake(self) -> None:
+        """Let those in that fit, strictly in order: a large session is not starved by small ones."""
         left = self.free.count(1)
-        for need, turn in self.waiting:  # strictly in order: a large session is not starved by small ones
-            if turn.done():
-                continue
-            if need > left:
-                return
+        for need, turn in self.waiting:
             left -= need
-            turn.set_result(None)
+            if left < 0:
+                return
+            if not turn.done():
+                turn.set_result(None)
 
 
 class RowTables:
@@ -2713,8 +2687,7 @@ class RowTables:
     def truncate(self, position: int) -> None:
         """Forget all tokens from this position of the session on."""
         for table, pad in zip(self.tables, self.pads, strict=True):
-            keep = -(-max(0, position - pad) // PAGE)
-            while len(table) > keep:
+            while len(table) > -(-max(0, position - pad) // PAGE):
                 self._drop(table.pop())
 
     def _drop(self, page: int) -> None:
@@ -2727,23 +2700,19 @@ class RowTables:
         """Row i becomes what row ids[i] was."""
         old, self.tables = self.tables, [list(self.tables[i]) for i in ids]
         self.pads = [self.pads[i] for i in ids]
-        for table in self.tables:
-            for page in table:
-                self.users[page] += 1
-        for table in old:
-            for page in table:
-                self._drop(page)
+        for page in itertools.chain.from_iterable(self.tables):
+            self.users[page] += 1
+        for page in itertools.chain.from_iterable(old):
+            self._drop(page)
 
     def prepare(self, row: int, start: int, end: int) -> list[int]:
         """The row's table, ready for tokens start..end-1 (its own, without padding) to be written."""
         table, first = self.tables[row], start // PAGE
         if first < len(table) and self.users[table[first]] > 1:
-            shared, fresh = table[first], self._fresh(row, first)
-            for pages in (self.pool.k, self.pool.v):
-                for tensor in pages.values():
-                    tensor[fresh] = tensor[shared]
+            shared, table[first] = table[first], self._fresh(row, first)
+            for tensor in (*self.pool.k.values(), *self.pool.v.values()):
+                tensor[table[first]] = tensor[shared]
             self._drop(shared)
-            table[first] = fresh
         while len(table) * PAGE < end:
             table.append(self._fresh(row, len(table)))
         return table
@@ -2780,7 +2749,7 @@ class Work:
     # the executor's own
     future: Optional[asyncio.Future] = None
     done: int = 0  # tokens of each row already computed
-    outputs: list[Tensor] = field(default_factory=list)  # [B, chunk, H]
+    outputs: list[Tensor] = field(default_factory=list)  # [B, portion, H] each
 
     @property
     def left(self) -> int:
@@ -2796,28 +2765,20 @@ class Executor(threading.Thread):
         self, blocks: dict[int, Block], config: PretrainedConfig, pool: PagePool, dtype: torch.dtype
     ):
         super().__init__(name="petals-executor", daemon=True)
-        self.blocks, self.pool, self.dtype = blocks, pool, dtype
-        self.device = next(iter(blocks.values())).device
-        needs_rotary = next(iter(blocks.values())).spec.rotary
-        self.rotary = Rotary(config, self.device) if needs_rotary else None
+        any_block = next(iter(blocks.values()))
+        self.blocks, self.pool, self.dtype, self.device = blocks, pool, dtype, any_block.device
+        self.rotary = Rotary(config, any_block.spec, self.device)
         self.hidden_size = config.hidden_size
         self.passes = self.steps = self.rows = (
-            0  # counters for status and tests: passes, finished steps, rows run
+            0  # for status and tests: passes, finished steps, rows in all passes
         )
         self._inbox: deque[Work] = deque()
         self._news = threading.Condition()
         self._stopping = False
-        self._loop: Optional[asyncio.AbstractEventLoop] = None
 
-    # ---- wire thread
-
-    async def submit(self, work: Work) -> Any:
-        """The work's result; what the model raised on it, if anything."""
-        return await self.enqueue(work)
-
-    def enqueue(self, work: Work) -> asyncio.Future:
-        self._loop = asyncio.get_running_loop()
-        work.future = self._loop.create_future()
+    def submit(self, work: Work) -> asyncio.Future:
+        """The future of the work's result, or of what the model raised on it. Wire thread."""
+        work.future = asyncio.get_running_loop().create_future()
         with self._news:
             if self._stopping:
                 raise PetalsError("the server is shutting down")
@@ -2826,7 +2787,7 @@ class Executor(threading.Thread):
         return work.future
 
     def stop(self) -> None:
-        """Any thread. What still waits fails."""
+        """What still waits fails. Any thread."""
         with self._news:
             self._stopping = True
             self._news.notify()
@@ -2841,63 +2802,54 @@ class Executor(threading.Thread):
                 while not (self._inbox or steps or slow or self._stopping):
                     self._news.wait()
                 fresh, self._inbox = list(self._inbox), deque()
-                if self._stopping:
-                    lost = PetalsError("the server is shutting down")
-                    return self._deliver([(work, lost) for work in (*fresh, *steps, *(w for w, _ in slow))])
-            for work in fresh:
-                if work.tables is None:
-                    slow.append((work, self._pass_through(work)))
-                else:
-                    steps.append(work)
+            if self._stopping:
+                lost = PetalsError("the server is shutting down")
+                return self._settle([(work, lost) for work in (*fresh, *steps, *(work for work, _ in slow))])
+            steps += [work for work in fresh if work.tables is not None]
+            slow += [(work, self._pass_through(work)) for work in fresh if work.tables is None]
             if steps:
                 steps = self._turn(steps)
             if slow:
                 self._advance(slow)
 
-    def _deliver(self, results: list[tuple[Work, Any]]) -> None:
+    def _settle(self, results: list[tuple[Work, Any]]) -> None:
+        """Hand results or exceptions to those who wait in the wire thread."""
+
         def settle() -> None:
             for work, result in results:
-                if work.future.done():
-                    continue
-                if isinstance(result, BaseException):
-                    work.future.set_exception(result)
-                else:
-                    work.future.set_result(result)
+                if not work.future.done():
+                    failed = isinstance(result, BaseException)
+                    (work.future.set_exception if failed else work.future.set_result)(result)
 
         if results:
-            with contextlib.suppress(RuntimeError):  # the loop is gone: nobody waits any more
-                self._loop.call_soon_threadsafe(settle)
+            wire().soon(settle)
 
     def _turn(self, steps: list[Work]) -> list[Work]:
         """One pass; returns the steps that are not finished."""
         try:
             with torch.inference_mode():
                 self._run_pass(steps)
-            failed: list[tuple[Work, Any]] = []
         except Exception as error:
             if len(steps) > 1:  # find out whose fault it is: each alone
                 return [work for step in steps for work in self._turn([step])]
             logger.warning("a step failed", exc_info=True)
-            failed = [(steps[0], error)]
-            steps = []
+            self._settle([(steps[0], error)])
+            return []
         finished = [work for work in steps if not work.left]
         self.steps += len(finished)
-        results = [
-            (w, w.outputs[0] if len(w.outputs) == 1 else torch.cat(w.outputs, dim=1)) for w in finished
-        ]
-        self._deliver(results + failed)
+        self._settle(
+            [(w, w.outputs[0] if len(w.outputs) == 1 else torch.cat(w.outputs, 1)) for w in finished]
+        )
         return [work for work in steps if work.left]
 
-    def _portions(self, steps: list[Work]) -> list[int]:
+    def _portions(self, steps: list[Work]) -> dict[Work, int]:
         """How many tokens of each row every step gets in this pass: small steps all they need, large ones the rest."""
-        budget = ALONE_TOKENS if len(steps) == 1 else TURN_TOKENS
-        portions = {}
-        for work in sorted(steps, key=lambda w: w.left * len(w.hidden)):
-            rows = len(work.hidden)
+        budget, portions = ALONE_TOKENS if len(steps) == 1 else TURN_TOKENS, {}
+        for work in sorted(steps, key=lambda step: step.left * len(step.hidden)):
             least = 1 if work.prompts is None or work.done else work.prompts.shape[2]
-            portions[id(work)] = min(work.left, max(least, budget // rows))
-            budget -= portions[id(work)] * rows
-        return [portions[id(work)] for work in steps]
+            portions[work] = min(work.left, max(least, budget // len(work.hidden)))
+            budget -= portions[work] * len(work.hidden)
+        return portions
 
     def _run_pass(self, steps: list[Work]) -> None:
         for work in steps:
@@ -2905,51 +2857,42 @@ class Executor(threading.Thread):
                 work.tables.truncate(work.start)
                 if work.hypo_ids is not None:
                     work.tables.reorder(work.hypo_ids)
-        parts = [
-            _Part(work, portion, self) for work, portion in zip(steps, self._portions(steps), strict=True)
-        ]
-        parts_here = [part for part in parts if part.queries]
-        if parts_here:
-            self.passes += 1
-            edges = sorted({edge for part in parts_here for edge in (part.work.first, part.work.last)})
-            for low, high in itertools.pairwise(edges):
-                here = [p for p in parts_here if p.work.first <= low and p.work.last >= high]
-                if here:
-                    self._run_blocks(here, low, high)
+        parts = [_Part(work, portion, self) for work, portion in self._portions(steps).items()]
+        busy = [part for part in parts if part.queries]
+        self.passes += bool(busy)
+        edges = sorted({edge for part in busy for edge in (part.work.first, part.work.last)})
+        for low, high in itertools.pairwise(edges):
+            here = [part for part in busy if part.work.first <= low and high <= part.work.last]
+            if here:
+                self._run_blocks(here, low, high)
         for part in parts:
-            part.work.outputs.append(part.output())
-            part.work.done += part.portion
+            part.finish()
             self.rows += len(part.queries)
 
     def _run_blocks(self, parts: list[_Part], low: int, high: int) -> None:
         """Blocks low..high-1 for the tokens of all these parts at once."""
-        tables, queries, lengths = (
-            [x for p in parts for x in getattr(p, n)] for n in ("tables", "queries", "lengths")
+        tables, queries, lengths, finals = (
+            [item for part in parts for item in getattr(part, name)]
+            for name in ("tables", "queries", "lengths", "finals")
         )
         plan = attention.plan(tables, queries, lengths, PAGE, self.device)
-        positions = torch.cat([torch.arange(e - n, e) for n, e in zip(queries, lengths, strict=True)]).to(
-            self.device
-        )
-        finals = [length for part in parts for length in part.finals]
-        rope = self.rotary and self.rotary(positions, list(zip(queries, finals, strict=True)), self.dtype)
+        places = [torch.arange(length - new, length) for new, length in zip(queries, lengths, strict=True)]
+        positions = torch.cat(places).to(self.device)
+        cos, sin = self.rotary(positions, list(zip(queries, finals, strict=True)), self.dtype)
+        sizes = [len(part.x) for part in parts]
         x = parts[0].x if len(parts) == 1 else torch.cat([part.x for part in parts])
         for index in range(low, high):
-            offset = 0
-            for part in parts:
-                if part.prompt_at is not None:
-                    x[part.prompt_at + offset] += part.prompts[index - part.work.first]
-                offset += len(part.x)
+            pages = self.pool.k[index], self.pool.v[index]
+            for part, before in zip(parts, itertools.accumulate(sizes, initial=0)):  # noqa: B905 - one more sum
+                if part.prompted is not None:
+                    x = x.index_add(0, part.prompted + before, part.prompts(index))
 
-            def attend(block: Block, q: Tensor, k: Tensor, v: Tensor, index: int = index) -> Tensor:
-                pages = self.pool.k[index], self.pool.v[index]
-                attention.append(k, v, *pages, plan)
-                spec = block.spec
-                return attention.attend(
-                    q, *pages, plan, scale=block.scale, slopes=block.slopes, window=spec.window
-                )
+            def attend(block: Block, qkv: Tensor, pages: tuple = pages) -> Tensor:
+                q = attention.rope_append(qkv, cos, sin, *pages, plan)
+                return attention.attend(q, *pages, plan, **block.attention)
 
-            x = self.blocks[index](x, rope, attend)
-        for part, rows in zip(parts, x.split([len(part.x) for part in parts]), strict=True):
+            x = self.blocks[index](x, attend)
+        for part, rows in zip(parts, x.split(sizes), strict=True):
             part.x = rows
 
     def _advance(self, slow: deque) -> None:
@@ -2958,100 +2901,100 @@ class Executor(threading.Thread):
         try:
             with torch.no_grad():
                 next(generator)
+            return
         except StopIteration as end:
-            slow.popleft()
-            self._deliver([(work, end.value)])
+            result = end.value
         except Exception as error:
-            slow.popleft()
             logger.warning("a request failed", exc_info=True)
-            self._deliver([(work, error)])
+            result = error
+        slow.popleft()
+        self._settle([(work, result)])
+
+    def without_cache(
+        self, rows: int, tokens: int, left_pad: Sequence[int] = ()
+    ) -> Callable[[int, Tensor], Tensor]:
+        """A function (block index, [B, T, H]) -> [B, T, H] for a batch that is in no session."""
+        pads = torch.tensor(list(left_pad) or [0] * rows)
+        positions = (torch.arange(tokens) - pads[:, None]).clamp(min=0).flatten().to(self.device)
+        cos, sin = self.rotary(positions, [(tokens, tokens - pad) for pad in pads.tolist()], self.dtype)
+
+        def attend(block: Block, qkv: Tensor) -> Tensor:
+            N, K = block.spec.heads, block.spec.kv_heads
+            qk, v = qkv.split([N + K, K], dim=1)
+            qk = qk if cos is None else attention.rotate(qk, cos, sin)
+            q, k, v = (t.unflatten(0, (rows, tokens)) for t in (qk[:, :N], qk[:, N:], v))
+            return attention.fresh(q, k, v, list(left_pad) or None, **block.attention)
+
+        return lambda index, x: self.blocks[index](x.reshape(rows * tokens, -1), attend).view(x.shape)
 
     def _pass_through(self, work: Work):
         """A forward pass without cache, a backward pass if the work has a gradient; yields after every block. Returns
         [output], or [gradient of the input] and, with prompts, theirs [blocks, B, P, H]."""
-        x = work.hidden.to(self.device, self.dtype)
-        B, T, H = x.shape
-        pads = torch.tensor(list(work.left_pad) or [0] * B)
-        positions = (torch.arange(T) - pads[:, None]).clamp(min=0).flatten().to(self.device)
-        rows = [(T, T - pad) for pad in pads.tolist()]
-        rope = self.rotary and self.rotary(positions, rows, self.dtype)
-
-        def attend(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (t.reshape(B, T, -1, t.shape[-1]) for t in (q, k, v))
-            pads = list(work.left_pad) or None
-            spec = block.spec
-            return attention.fresh(q, k, v, pads, scale=block.scale, slopes=block.slopes, window=spec.window)
-
-        prompts = None if work.prompts is None else work.prompts.to(self.device, self.dtype)
+        x, inputs = work.hidden.to(self.device, self.dtype), []
+        run = self.without_cache(*x.shape[:2], work.left_pad)
+        prompts = None if work.prompts is None else work.prompts.to(x)
         length = 0 if prompts is None else prompts.shape[2]
-        inputs = []
         for index in range(work.first, work.last):
             if length:
                 x = torch.cat([x[:, :length] + prompts[index - work.first], x[:, length:]], dim=1)
-            inputs.append(x)
-            x = self.blocks[index](x.reshape(B * T, H), rope, attend).view(B, T, H)
-            if work.grad is None:
-                inputs.clear()
+            if work.grad is not None:
+                inputs.append(x)
+            x = run(index, x)
             yield
         if work.grad is None:
             return [x.to("cpu")]
-        grad, prompt_grads = work.grad.to(self.device, self.dtype), []
+        grad, prompt_grads = work.grad.to(x), []
         for index in reversed(range(work.first, work.last)):
             with torch.enable_grad():
                 leaf = inputs.pop().detach().requires_grad_()
-                x = self.blocks[index](leaf.reshape(B * T, H), rope, attend).view(B, T, H)
-            (grad,) = torch.autograd.grad(x, leaf, grad)
+                output = run(index, leaf)
+            (grad,) = torch.autograd.grad(output, leaf, grad)
             prompt_grads.append(grad[:, :length])
             yield
-        answer = [grad.to("cpu")]
-        return answer + ([torch.stack(prompt_grads[::-1]).to("cpu")] if length else [])
+        return [grad.to("cpu")] + ([torch.stack(prompt_grads[::-1]).to("cpu")] if length else [])
 
 
 class _Part:
     """What one step contributes to a pass: the next `portion` tokens of its rows, without padding. Executor thread."""
 
     def __init__(self, work: Work, portion: int, executor: Executor):
-        self.work, self.portion = work, portion
-        rows, T, _ = work.hidden.shape
-        low, high = work.start + work.done, work.start + work.done + portion  # session positions
-        self.tables, self.queries, self.lengths, self.finals, pieces = [], [], [], [], []
-        self.kept: list[tuple[int, int]] = []  # (row, tokens) that are computed
-        at, where, which = 0, [], []
-        for row, pad in enumerate(work.tables.pads):
-            begin = max(low, pad)
-            if begin >= high:
-                continue
-            self.tables.append(work.tables.prepare(row, begin - pad, high - pad))
-            self.queries.append(high - begin)
-            self.lengths.append(high - pad)
-            self.finals.append(work.start + T - pad)
-            self.kept.append((row, high - begin))
-            pieces.append(work.hidden[row, begin - work.start : high - work.start])
-            if work.prompts is not None and not work.done:
-                for place in range(begin - work.start, min(portion, work.prompts.shape[2])):
-                    where.append(at + place - (begin - work.start))
-                    which.append((row if work.prompts.shape[1] > 1 else 0, place))
-            at += high - begin
-        x = torch.cat(pieces) if pieces else work.hidden[:0].reshape(0, work.hidden.shape[2])
-        self.x = x.to(executor.device, executor.dtype)
-        self.prompt_at = torch.tensor(where, device=executor.device) if where else None
-        if where:
-            row_ids, places = zip(*which, strict=True)
-            self.prompts = work.prompts[:, list(row_ids), list(places)].to(executor.device, executor.dtype)
-            self.x = self.x.clone()  # prompts are added in place
+        self.work, self.portion, self.executor = work, portion, executor
+        low = work.start + work.done  # positions of the session; a row's own are less by its padding
+        pads, high, end = work.tables.pads, low + portion, work.start + work.hidden.shape[1]
+        rows = [row for row, pad in enumerate(pads) if pad < high and portion]
+        starts = [max(low, pads[row]) - pads[row] for row in rows]
+        self.lengths = [high - pads[row] for row in rows]  # in the cache after this pass
+        self.finals = [end - pads[row] for row in rows]  # and after the whole step
+        self.queries = [length - start for start, length in zip(starts, self.lengths, strict=True)]
+        spots = zip(rows, starts, self.lengths, strict=True)
+        self.tables = [work.tables.prepare(row, start, length) for row, start, length in spots]
+        self.real = None  # [B, portion] bool: which tokens are no padding; None: all
+        if max(pads) > low:
+            self.real = torch.arange(low, high) >= torch.tensor(pads)[:, None]
+        hidden = work.hidden[:, work.done : work.done + portion]
+        self.x = (hidden.flatten(0, 1) if self.real is None else hidden[self.real]).to(
+            executor.device, executor.dtype
+        )
+        self.prompted: Optional[Tensor] = None  # which of its tokens get deep prompts added
+        if work.prompts is not None and not work.done:
+            first = (torch.arange(portion) < work.prompts.shape[2]).expand(len(pads), -1)
+            first = first.flatten() if self.real is None else first[self.real]
+            self.prompted = first.nonzero().flatten().to(executor.device)
 
-    def output(self) -> Tensor:
-        """[B, portion, H] on the CPU; zeros where there was padding."""
-        x = self.x.to("cpu")
-        rows, _, size = self.work.hidden.shape
-        if len(x) == rows * self.portion:
-            return x.view(rows, self.portion, size)
-        whole = x.new_zeros(rows, self.portion, size)
-        for (row, tokens), piece in zip(self.kept, x.split(self.queries), strict=True):
-            whole[row, self.portion - tokens :] = piece
-        return whole
+    def prompts(self, index: int) -> Tensor:
+        """What to add to the tokens at `prompted` before this block."""
+        rows = self.work.prompts[index - self.work.first].expand(len(self.work.hidden), -1, -1)
+        rows = rows.flatten(0, 1) if self.real is None else rows[self.real[:, : rows.shape[1]]]
+        return rows.to(self.executor.device, self.executor.dtype)
 
-
+    def finish(self) -> None:
+        """Give the step its output [B, portion, H], on the CPU, zeros where there was padding."""
+        output, (rows, _, size) = self.x.to("cpu"), self.work.hidden.shape
+        if self.real is not None:
+            packed, output = output, output.new_zeros(rows, self.portion, size)
+            output[self.real] = packed
+        self.work.outputs.append(output.view(rows, self.portion, size))
+        self.work.done += self.portion
 # ======================================================================================================================
 # 13  Request handler: what a server answers
 # ======================================================================================================================
@@ -3377,7 +3320,7 @@ class TransformerConnectionHandler(ServicerBase):
                 f"{session.max_length}"
             )
         work = Work(session.first, session.last, hidden, prompts, order, session.tables, start)
-        session.busy = self.executor.enqueue(work)
+        session.busy = self.executor.submit(work)
         output = await asyncio.shield(session.busy)
         session.position = start + tokens
         session.remember(step_id)
@@ -3406,7 +3349,7 @@ class TransformerConnectionHandler(ServicerBase):
             passed = {key: value for key, value in metadata.items() if key not in dropped}
             passed |= {"session_id": session_id, "next_servers": rest, "pushed": True}
             request = pack_request(
-                " ".join(block_uids(uid.rsplit(".", 1)[0], start, end)), [NOTHING, NOTHING, hypo_ids], passed
+                " ".join(block_uids(self.server.prefix, start, end)), [NOTHING, NOTHING, hypo_ids], passed
             )
             request.tensors[0].CopyFrom(output)
             await call(self.server.swarm.p2p, peer, "rpc_push", request, ExpertResponse, 30)
@@ -3527,30 +3470,19 @@ class Server:
         if self.given_throughput != "auto":
             self.info.throughput = float(self.given_throughput)
             return
-        block, spec = self.blocks[self.span.start], self.blocks[self.span.start].spec
         rates = []
         for tokens in (1, 128):
-            x = torch.randn(tokens, spec.hidden).to(self.device, self.dtype)
-            positions = torch.arange(tokens, device=self.device)
-            rope = self.executor.rotary and self.executor.rotary(positions, [(tokens, tokens)], self.dtype)
-
-            def attend(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                rows = (t.unsqueeze(0) for t in (q, k, v))
-                return attention.fresh(
-                    *rows, None, scale=block.scale, slopes=block.slopes, window=block.spec.window
-                )[0]
-
+            x = torch.randn(1, tokens, self.config.hidden_size).to(self.device, self.dtype)
+            run = self.executor.without_cache(1, tokens)
             with torch.inference_mode():
-                block(x, rope, attend)
+                run(self.span.start, x)
                 began, count = time.perf_counter(), 0
                 while time.perf_counter() - began < 0.1:
-                    block(x, rope, attend)
+                    run(self.span.start, x).sum().item()  # waits for the device
                     count += 1
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
             rates.append(tokens * count / (time.perf_counter() - began))
         self.info.inference_rps, self.info.forward_rps = rates
-        self.info.network_rps = ASSUMED_BITS_PER_SECOND / (16 * spec.hidden)
+        self.info.network_rps = ASSUMED_BITS_PER_SECOND / (16 * self.config.hidden_size)
         average_span = (len(self.span) + 1) / 2  # Petals' rule: what a request uses of a server
         self.info.throughput = min(self.info.forward_rps / average_span, self.info.network_rps)
 

@@ -1,0 +1,1 @@
+"""The arithmetic that a server runs hot: attention over pages, quantized matrices, small fusions. One lesson a file."""
