@@ -1,18 +1,20 @@
-"""Attention over a paged key-value cache: how a server lets many sessions, each at its own position, share one pass.
+"""Attention over a paged key-value cache: many sessions, each at its own position, in one pass.
 
-Letters: T tokens of a pass, N query heads, K key heads, G = N // K, D head dim, B rows of a group, Q new tokens of a
-row, S keys of a row. A page holds `page` tokens: a pool is [pages, page, K, D]. The tokens of all rows lie end to end
-([T, ...]); row r's new tokens stand at positions lengths[r] - queries[r] .. lengths[r] - 1.
+Letters: T tokens of a pass, N query heads, K key heads, G = N // K, D head dim, B rows of a group, Q new
+tokens of a row, S keys of a row. A page holds `page` tokens: a pool is [pages, page, K, D]. The tokens of all
+rows lie end to end ([T, ...]); row r's new tokens are its last ones, at lengths[r] - queries[r] and after.
 
-The plain version is `reference`. Bytes: a decode step reads every key and value of a row once, 2 * S * K * D numbers,
-33.5 MB for Llama-3-8B at S = 8,192 in 16 bits, 10 us of an H100's 3.35 TB/s; repeating keys for the G heads that share
-them would read G times that. So a tile of the kernel holds the G query heads of one key head as rows of one matrix, and
-where there are too few rows and key heads to keep all multiprocessors reading, the keys are split between programs and
-`_merge` adds the parts in a fixed order (no atomics: the same input gives the same bits). Flops: a causal prefill of S
-tokens takes 2 * N * D * S^2, 0.55 TFLOP at S = 8,192, 0.56 ms of 989 TFLOPS; scores never leave the chip (softmax is
-kept running, as in FlashAttention) and key blocks that the causal mask or the window hides are not visited at all.
+The plain version is `reference`. Bytes: a decode step reads every key and value of a row once, 2 * S * K * D
+numbers, 33.5 MB for Llama-3-8B at S = 8,192 in 16 bits, 10 us of an H100's 3.35 TB/s; repeating keys for the
+G heads that share them would read G times that. So a tile of the kernel holds the G query heads of one key
+head as rows of one matrix, and where there are too few rows and key heads to keep all multiprocessors
+reading, the keys are split between programs and `_merge` adds the parts in a fixed order (no atomics: the
+same input gives the same bits). Flops: a causal prefill of S tokens takes 2 * N * D * S^2, 0.55 TFLOP at S =
+8,192, 0.56 ms of 989 TFLOPS; scores never leave the chip (softmax is kept running, as in FlashAttention) and
+key blocks that the causal mask or the window hides are not visited at all.
 
-On a CPU rows of one shape whose pages are runs are one strided view of the pool and one call of PyTorch's own attention.
+On a CPU rows of one shape whose pages are runs are one strided view of the pool and one call of PyTorch's own
+attention.
 """
 
 import torch
@@ -35,19 +37,21 @@ LOG2E = 1.4426950408889634  # the kernel's softmax is in powers of two
 
 
 def attend(q, k_pages, v_pages, plan: Plan, *, scale: float, slopes=None, window: int | None = None):
-    """Attend the new tokens q [T, N, D] to their rows' keys in the pools [pages, page, K, D]; returns [T, N, D].
+    """Attend the new tokens q [T, N, D] to their rows' keys in the pools [pages, page, K, D]: [T, N, D].
 
-    Query head n uses key head n // G. A query at position i sees keys j <= i, and with `window` only j > i - window.
-    `slopes` [N] float32 adds slopes[n] * j to the scaled scores: ALiBi, since softmax ignores a constant. All tensors
-    on one device, q and the pools of one dtype (float32, float16, bfloat16); ValueError says what does not fit.
+    Query head n uses key head n // G. A query at position i sees keys j <= i, and with `window` only j > i -
+    window. `slopes` [N] float32 adds slopes[n] * j to the scaled scores: ALiBi, since softmax ignores a
+    constant; slopes in bfloat16 are Falcon's: slopes[n] * j is rounded to bfloat16 and then scaled, like the
+    scores. All other tensors on one device, q and the pools of one dtype (float32, float16, bfloat16);
+    ValueError says what does not fit.
     """
     T, N, D = q.shape
-    if T != plan.tokens or k_pages.shape != v_pages.shape or k_pages.shape[1] != plan.page:
+    if plan.tokens != T or k_pages.shape != v_pages.shape or k_pages.shape[1] != plan.page:
         raise ValueError(
             f"q {list(q.shape)}, pools {list(k_pages.shape)} and {list(v_pages.shape)} do not fit a plan of "
             f"{plan.tokens} tokens and pages of {plan.page}"
         )
-    if D != k_pages.shape[3] or N % k_pages.shape[2] or not q.dtype == k_pages.dtype == v_pages.dtype:
+    if k_pages.shape[3] != D or N % k_pages.shape[2] or not q.dtype == k_pages.dtype == v_pages.dtype:
         raise ValueError(
             f"q {list(q.shape)} {q.dtype} does not fit keys {list(k_pages.shape)} {k_pages.dtype} and values "
             f"{v_pages.dtype}: want one head dim, one dtype, and query heads a multiple of key heads"
@@ -64,15 +68,15 @@ def attend(q, k_pages, v_pages, plan: Plan, *, scale: float, slopes=None, window
 
 
 def _attend_group(q, k_pages, v_pages, plan, group, scale, slopes, window):
-    """One group, in query tiles; q [B * Q, N, D]. The G query heads of one key head become further queries of it, so
-    that a key is read once and not G times."""
+    """One group, in query tiles; q [B * Q, N, D]. The G query heads of one key head become further queries of
+    it, so that a key is read once and not G times."""
     K, D = k_pages.shape[2:]
     T, N, _ = q.shape
     B, Q, S, G = group.rows, group.queries, group.length, N // K
     if Q == 1:
         low = 0 if window is None else max(0, S - window)
         keys, values = view(k_pages, group, low, S), view(v_pages, group, low, S)
-        mask = None if slopes is None else _mask(plan, Q, low, S, S - 1, G, slopes, window, q)
+        mask = None if slopes is None else _mask(plan, Q, low, S, S - 1, G, scale, slopes, window, q)
         out = F.scaled_dot_product_attention(q.reshape(B, K, G, D), keys, values, attn_mask=mask, scale=scale)
         return out.reshape(T, N, D)
     if Q == S and slopes is None and window is None:
@@ -90,16 +94,26 @@ def _attend_group(q, k_pages, v_pages, plan, group, scale, slopes, window):
         low = 0 if window is None else max(0, S - Q + start + 1 - window)
         high = S - Q + stop
         keys, values = view(k_pages, group, low, high), view(v_pages, group, low, high)
-        mask = _mask(plan, stop - start, low, high, S - Q + start, G, slopes, window, q)
+        mask = _mask(plan, stop - start, low, high, S - Q + start, G, scale, slopes, window, q)
         tile = q[:, start:stop].transpose(1, 2).reshape(B, K, (stop - start) * G, D)
         tile = F.scaled_dot_product_attention(tile, keys, values, attn_mask=mask, scale=scale)
         out[:, start:stop] = tile.reshape(B, K, stop - start, G, D).transpose(1, 2)
     return out.view(T, N, D)
 
 
-def _mask(plan: Plan, queries: int, low: int, high: int, position: int, G: int, slopes, window, q):
-    """What to add to the scores of `queries` tokens from `position` on against keys low .. high: [queries * G, keys],
-    or with slopes [K, queries * G, keys]. Kept in the plan for the next layer while it is small."""
+def _bias(slopes, j, scale: float):
+    """ALiBi's bias [N, keys] at key positions j [keys], float32 whatever the dtype: in bfloat16 neighbouring
+    keys would get the same number. transformers' Falcon does just that (slopes in bfloat16), so it is done
+    for it."""
+    if slopes.dtype == torch.bfloat16:
+        return (slopes[:, None] * j).float() * scale
+    return slopes.float()[:, None] * (j - j[-1]).float()
+
+
+def _mask(plan: Plan, queries: int, low: int, high: int, position: int, G: int, scale, slopes, window, q):
+    """What to add to the scores of `queries` tokens from `position` on against keys low .. high:
+    [queries * G, keys], or with slopes [K, queries * G, keys]. Kept in the plan for the next layer while it
+    is small."""
     key = (queries, low, high, position, G, None if slopes is None else slopes.data_ptr(), window, q.dtype)
     if key in plan.masks:
         return plan.masks[key]
@@ -108,9 +122,8 @@ def _mask(plan: Plan, queries: int, low: int, high: int, position: int, G: int, 
     hidden = (j > i) if window is None else (j > i) | (j <= i - window)  # [queries, 1, keys]
     if slopes is None:
         mask = torch.zeros(queries, G, high - low, dtype=q.dtype, device=q.device)
-    else:  # float32 whatever the dtype: in bfloat16 neighbouring keys would get the same number
-        mask = slopes.float().view(-1, 1, G, 1) * (j - (high - 1)).float()
-        mask = mask.repeat(1, queries, 1, 1)
+    else:
+        mask = _bias(slopes, j, scale).view(-1, 1, G, high - low).repeat(1, queries, 1, 1)
     mask.masked_fill_(hidden, float("-inf"))
     mask = mask.view(*mask.shape[:-3], queries * G, high - low)
     if (
@@ -121,13 +134,11 @@ def _mask(plan: Plan, queries: int, low: int, high: int, position: int, G: int, 
     return mask
 
 
-def fresh(
-    q, k, v, left_pad: list[int] | None = None, *, scale: float, slopes=None, window: int | None = None
-):
-    """Causal attention without a cache, differentiable: q [B, T, N, D], k and v [B, T, K, D]; returns [B, T, N, D].
+def fresh(q, k, v, left_pad: list[int] | None = None, *, scale: float, slopes=None, window=None):
+    """Causal attention without a cache, differentiable: q [B, T, N, D], k, v [B, T, K, D]: [B, T, N, D].
 
-    The first left_pad[b] tokens of row b are padding: no real token sees them; what comes out there is finite and
-    without meaning.
+    The first left_pad[b] tokens of row b are padding: no real token sees them; what comes out there is finite
+    and without meaning.
     """
     B, T, N = q.shape[:3]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -144,7 +155,7 @@ def fresh(
             seen = (seen & (j >= pad)) | (j == j[:, None])
         mask = seen
         if slopes is not None:
-            bias = slopes.to(q.device).float().view(1, N, 1, 1) * (j - (T - 1)).float()
+            bias = _bias(slopes.to(q.device), j, scale).unsqueeze(1)
             mask = bias.to(torch.float32 if q.device.type == "cpu" else q.dtype).masked_fill(
                 ~seen, float("-inf")
             )
@@ -158,7 +169,7 @@ def reference(q, k_pages, v_pages, tables, queries, lengths, *, scale: float, sl
     """The specification of `attend`: one row at a time, every key read, softmax in float32."""
     N, K = q.shape[1], k_pages.shape[2]
     out, token = [], 0
-    for table, new, length in zip(tables, queries, lengths):
+    for table, new, length in zip(tables, queries, lengths, strict=True):
         keys, values = (
             pages[list(table)].flatten(0, 1)[:length].float() for pages in (k_pages, v_pages)
         )  # [S, K, D]
@@ -167,7 +178,7 @@ def reference(q, k_pages, v_pages, tables, queries, lengths, *, scale: float, sl
         i = torch.arange(length - new, length, device=q.device)[:, None]
         j = torch.arange(length, device=q.device)
         if slopes is not None:
-            scores = scores + slopes.float().to(q.device).view(N, 1, 1) * j
+            scores = scores + _bias(slopes.to(q.device), j, scale).unsqueeze(1)
         hidden = (j > i) if window is None else (j > i) | (j <= i - window)
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         out.append(torch.einsum("nqs,snd->qnd", weights, values).to(q.dtype))
@@ -176,8 +187,8 @@ def reference(q, k_pages, v_pages, tables, queries, lengths, *, scale: float, sl
 
 
 def tiles(decode: bool, G: int, D: int, itemsize: int, capability: int = 9) -> dict:
-    """Tile sizes by a plain rule, not by autotuning: BM query rows (tokens times padded heads) against BK keys. The
-    sizes are those that compile without spills and within the shared memory of sm_80 and sm_90."""
+    """Tile sizes by a plain rule, not by autotuning: BM query rows (tokens times padded heads) against BK
+    keys. The sizes are those that compile without spills and within the shared memory of sm_80 and sm_90."""
     GP, BD = triton.next_power_of_2(G), max(16, triton.next_power_of_2(D))
     if itemsize == 4:  # plain multiply-adds: exact, no tensor cores, small tiles
         BM, BK, warps, stages = max(GP, 16 if decode else 32), 16, 8, 2
@@ -189,13 +200,13 @@ def tiles(decode: bool, G: int, D: int, itemsize: int, capability: int = 9) -> d
 
 
 def launch_attend(q, k_pages, v_pages, plan: Plan, scale: float, slopes=None, window: int | None = None):
-    """Run `_attend` (and `_merge`, if the keys are split) on checked tensors; CPU tensors only in the interpreter."""
+    """Run `_attend` (and `_merge`, if the keys are split); CPU tensors only in the interpreter."""
     T, N, D = q.shape
     K = k_pages.shape[2]
     q = q if q.stride(2) == 1 and q.stride(1) == D else q.contiguous()
     starts, lengths, table = plan.views
     rows = len(plan.queries)
-    decode = T == rows
+    decode = rows == T
     device = torch.cuda.get_device_properties(q.device) if q.is_cuda else None
     tile = tiles(decode, N // K, D, q.element_size(), device.major if device else 9)
     BM, GP, BK = tile["BM"], tile["GP"], tile["BK"]
@@ -213,8 +224,9 @@ def launch_attend(q, k_pages, v_pages, plan: Plan, scale: float, slopes=None, wi
     _attend[(programs, K, splits)](
         *(q, k_pages, v_pages, parts, sums, out if slopes is None else slopes, table, starts, lengths),
         *(q.stride(0), K * D, plan.width, rows, T, scale * LOG2E, window or 0),
-        G=N // K, D=D, PAGE=plan.page, DECODE=decode, SLOPES=slopes is not None, WINDOW=window is not None,
-        SPLIT=splits > 1, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", enable_fp_fusion=True, **tile,
+        G=N // K, D=D, PAGE=plan.page, DECODE=decode, WINDOW=window is not None, SPLIT=splits > 1,
+        SLOPES=0 if slopes is None else 1 if slopes.dtype == torch.float32 else 2,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", enable_fp_fusion=True, **tile,
     )  # fmt: skip
     if splits > 1:
         BS = triton.next_power_of_2(splits)
@@ -228,8 +240,9 @@ if triton is not None:
 
     @triton.jit
     def _owner(starts_ptr, count, tile, SIZE: tl.constexpr):
-        """Whose tile is this, if owner r has tokens starts[r] .. starts[r + 1] and its tiles of SIZE tokens begin at
-        starts[r] // SIZE + r? Nobody need count tiles on the host: there are at most tokens // SIZE + count."""
+        """Whose tile is this, if owner r has tokens starts[r] .. starts[r + 1] and its tiles of SIZE tokens
+        begin at starts[r] // SIZE + r? Nobody need count tiles on the host: there are at most tokens // SIZE
+        + count."""
         owner = 0
         end = count
         while end - owner > 1:
@@ -247,20 +260,18 @@ if triton is not None:
         BM: tl.constexpr, BK: tl.constexpr, DECODE: tl.constexpr, SLOPES: tl.constexpr, WINDOW: tl.constexpr,
         SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        """One tile of BQ = BM // GP tokens of one row, with the G heads of one key head, against one share of its keys.
+        """One tile of BQ = BM // GP tokens of one row, with the G heads of one key head, against a share of
+        its keys.
 
-        Rows of the tile are (token, head) pairs. Nothing about a row is a launch argument: its table, start and length
-        are read on the device, so that a CUDA graph can be replayed for the next step.
+        Rows of the tile are (token, head) pairs. Nothing about a row is a launch argument: its table, start
+        and length are read on the device, so that a CUDA graph can be replayed for the next step.
         """
         BQ: tl.constexpr = BM // GP
         tile = (
             tl.num_programs(0) - 1 - tl.program_id(0)
         )  # a row's last tiles see the most keys: start them first
         head = tl.program_id(1)
-        if DECODE:
-            row = tile
-        else:
-            row = _owner(starts_ptr, rows, tile, BQ)
+        row = tile if DECODE else _owner(starts_ptr, rows, tile, BQ)
         token = tl.load(starts_ptr + row)
         queries = tl.load(starts_ptr + row + 1) - token
         length = tl.load(lengths_ptr + row)
@@ -274,7 +285,7 @@ if triton is not None:
         real = (t < queries) & (m % GP < G)
         q_at = (token + t).to(tl.int64)[:, None] * q_stride + n[:, None] * D + d[None, :]
         q = tl.load(q_ptr + q_at, mask=real[:, None] & (d < D)[None, :], other=0.0)
-        slope = tl.load(slopes_ptr + n, mask=real, other=0.0) * 1.4426950408889634 if SLOPES else 0.0
+        slope = tl.load(slopes_ptr + n, mask=real, other=0.0).to(tl.float32) if SLOPES else 0.0
         position = length - queries + t
         last = length - queries + tl.minimum(first + BQ, queries)  # keys that the tile's last token sees
         begin = tl.maximum(length - queries + first + 1 - window, 0) // BK if WINDOW else 0
@@ -330,8 +341,11 @@ if triton is not None:
             v_at = v_ptr + at[:, None] + d[None, :]
             k = tl.load(k_at, mask=there[None, :] & (d < D)[:, None], other=0.0)
             scores = tl.dot(q, k, input_precision=PRECISION) * scale
-            if SLOPES:
-                scores += slope[:, None] * (j - length + 1).to(tl.float32)[None, :]
+            if SLOPES == 1:
+                scores += slope[:, None] * 1.4426950408889634 * (j - length + 1).to(tl.float32)[None, :]
+            if SLOPES == 2:  # rounded as transformers' Falcon rounds
+                rounded = slope[:, None] * j.to(tl.float32).to(tl.bfloat16).to(tl.float32)[None, :]
+                scores += rounded.to(tl.bfloat16).to(tl.float32) * scale
             if MASKED:
                 seen = j[None, :] <= position[:, None]
                 if WINDOW:
@@ -349,7 +363,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["splits"])
     def _merge(parts_ptr, sums_ptr, out_ptr, splits, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr):
-        """One token and head: add its splits, each scaled to the common best score. The order is the tree's, fixed."""
+        """One token and head: add its splits, scaled to the common best score, in a fixed order."""
         at = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         size = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)  # T * N
         s = tl.arange(0, BS)

@@ -1,16 +1,16 @@
 """Products with small weights: a block's matrices in 8 or 4 bits (or, on a CPU, 16), activations as they are.
 
 Letters: M rows of activations, N outputs, K inputs of a matrix (weight [N, K], as in nn.Linear), E experts.
-Decode multiplies few rows by every weight once, so its time is the weights' bytes: a Llama-3-8B block has 218 M weights,
-436 MB in bfloat16, 130 us of an H100's 3.35 TB/s; int8 218 MB, 65 us; int4 with 32 bits a group of 64 123 MB, 37 us. The
-plain version, `x @ dequantize(weight).T`, moves 8 times the int4 bytes; the kernel turns codes into numbers in
-registers, on their way to the tensor cores. From about 100 rows on the product is bound by arithmetic, and dequantizing
-once for cuBLAS is faster.
+Decode multiplies few rows by every weight once, so its time is the weights' bytes: a Llama-3-8B block has 218
+M weights, 436 MB in bfloat16, 130 us of an H100's 3.35 TB/s; int8 218 MB, 65 us; int4 with 32 bits a group of
+64 123 MB, 37 us. The plain version, `x @ dequantize(weight).T`, moves 8 times the int4 bytes; the kernel
+turns codes into numbers in registers, on their way to the tensor cores. From about 100 rows on the product is
+bound by arithmetic, and dequantizing once for cuBLAS is faster.
 
 int8: one float32 scale a row of the weight (an output); w = code * scale. Error .009 of Gaussian weights.
-int4: groups of 64 inputs, each with two bfloat16, scale and middle; w = (code - 8) * scale + middle, code 0..15, which is
-what PyTorch's CPU operator computes. Error .090, NF4's without its table. In a group's 32 bytes, byte r holds weight r in
-its low and weight r + 32 in its high bits: one load feeds two products.
+int4: groups of 64 inputs, each with two bfloat16, scale and middle; w = (code - 8) * scale + middle, code
+0..15, which is what PyTorch's CPU operator computes. Error .090, NF4's without its table. In a group's 32
+bytes, byte r holds weight r in its low and weight r + 32 in its high bits: one load feeds two products.
 float16: CPU only, fbgemm's packed half precision with float32 activations. Error .0002.
 Inputs are padded with zeros to a multiple of 64.
 """
@@ -39,8 +39,8 @@ KERNEL_ROWS = (
 
 @dataclass(frozen=True)
 class Weight:
-    """A quantized matrix, or a stack of E of them. `data` and `scale` are the portable form; `pack` replaces them by the
-    form of the CPU's operators."""
+    """A quantized matrix, or a stack of E of them. `data` and `scale` are the portable form; `pack` replaces
+    them by the form of the CPU's operators."""
 
     kind: str  # one of KINDS
     shape: tuple[int, ...]  # ([E,] N, K) of the original
@@ -71,7 +71,7 @@ class Weight:
         return Weight(self.kind, self.shape[1:], self.data[e], scale)
 
 
-# ------------------------------------------------------------------------------------- the formats, in plain PyTorch
+# ------------------------------------------------------------------------------ the formats, in plain PyTorch
 
 
 def quantize(weight, kind: str) -> Weight:
@@ -124,7 +124,7 @@ def _codes(w: Weight):
     return torch.cat((data & 15, data >> 4), -1)
 
 
-# ------------------------------------------------------------------------------------------------ the public functions
+# --------------------------------------------------------------------------------------- the public functions
 
 
 def linear(x, weight, bias=None):
@@ -136,7 +136,8 @@ def linear(x, weight, bias=None):
 
 
 def quantized(x, w: Weight):
-    """x [..., K] times the quantized matrix [N, K], transposed: [..., N] in x's dtype. Differentiable in x."""
+    """x [..., K] times the quantized matrix [N, K], transposed: [..., N] in x's dtype. Differentiable in
+    x."""
     if len(w.shape) != 2 or x.shape[-1] != w.shape[1]:
         raise ValueError(
             f"x {list(x.shape)} does not fit a weight {list(w.shape)}: want one matrix, and K inputs"
@@ -149,9 +150,9 @@ def quantized(x, w: Weight):
 
 
 def routed(x, weight, starts):
-    """Rows x [R, K], sorted by expert, each times its expert's matrix: [R, N]. `weight` is a tensor [E, N, K] or a stack
-    of quantized matrices; expert e has rows starts[e] .. starts[e + 1] (int32 [E + 1], on x's device: with Triton the
-    host need not know them). Differentiable in x."""
+    """Rows x [R, K], sorted by expert, each times its expert's matrix: [R, N]. `weight` is a tensor [E, N, K]
+    or a stack of quantized matrices; expert e has rows starts[e] .. starts[e + 1] (int32 [E + 1], on x's
+    device: with Triton the host need not know them). Differentiable in x."""
     E, N, K = weight.shape
     if x.shape[1:] != (K,) or starts.shape != (E + 1,):
         raise ValueError(
@@ -194,7 +195,7 @@ def _product(x, w: Weight):
     return F.linear(x, dequantize(w, x.dtype))
 
 
-# ------------------------------------------------------------------------------------- CPU: PyTorch's packed operators
+# ---------------------------------------------------------------------------- CPU: PyTorch's packed operators
 
 
 def pack(w: Weight) -> Weight:
@@ -239,10 +240,10 @@ def _unpack(w: Weight):
 def _packed_product(x, w: Weight):
     """x [M, K] times a packed weight.
 
-    int8: fbgemm's product takes 8-bit activations, which alone would cost 2 % to 30 % of error (one large activation in a
-    row spoils the others). So each row is scaled to -63..63 (7 bits: without VNNI instructions 8 would overflow) and given
-    as two rows, its rounding and what the rounding left, 126 times enlarged: 14 bits of activation for little more time,
-    since at few rows it is the weight that is read.
+    int8: fbgemm's product takes 8-bit activations, which alone would cost 2 % to 30 % of error (one large
+    activation in a row spoils the others). So each row is scaled to -63..63 (7 bits: without VNNI
+    instructions 8 would overflow) and given as two rows, its rounding and what the rounding left, 126 times
+    enlarged: 14 bits of activation for little more time, since at few rows it is the weight that is read.
     """
     if w.kind == "int4":
         x16 = F.pad(x, (0, -x.shape[1] % GROUP)).bfloat16()
@@ -250,23 +251,24 @@ def _packed_product(x, w: Weight):
     if w.kind == "float16":
         return torch.ops.quantized.linear_dynamic_fp16(x.float(), w.packed).to(x.dtype)
     M, dtype = x.shape[0], x.dtype
-    x = F.pad(x, (0, -x.shape[1] % GROUP)).float()
+    x = x.float() if x.shape[1] % GROUP == 0 else F.pad(x.float(), (0, -x.shape[1] % GROUP))
     if isinstance(w.packed, torch.Tensor):
         return torch._weight_int8pack_mm(x.bfloat16(), w.packed, w.scale.bfloat16()).to(dtype)
-    unit = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True).div_(63).clamp_min_(1e-30)
+    unit = x.abs().amax(-1, keepdim=True).div_(63).clamp_min_(1e-30)
     x = x / unit
     whole = x.round()
     both = torch.cat((whole, x.sub_(whole).mul_(126)))
     out = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(both, 1.0, 64, w.packed)
-    return out[:M].add_(out[M:], alpha=1 / 126).mul_(unit).to(dtype)
+    whole, rest = out.split(M)
+    return whole.add_(rest, alpha=1 / 126).mul_(unit).to(dtype)
 
 
-# ------------------------------------------------------------------------------------------------ CUDA: the kernels
+# ------------------------------------------------------------------------------------------ CUDA: the kernels
 
 
 def product_tiles(M: int, kind: str, itemsize: int) -> dict:
-    """Tile sizes by a plain rule: BN outputs, BM rows, BK inputs a step; many small tiles in flight, since what is waited
-    for is memory."""
+    """Tile sizes by a plain rule: BN outputs, BM rows, BK inputs a step; many small tiles in flight, since
+    what is waited for is memory."""
     BM = min(64, max(16, triton.next_power_of_2(M)))
     BK = {"int8": 128, "int4": GROUP}.get(kind, 64)
     BN = 128 if kind == "int4" and BM <= 32 else 64
@@ -316,7 +318,8 @@ if triton is not None:
 
     @triton.jit
     def _four_bits(bytes, pair, dtype: tl.constexpr):
-        """Codes [BN, 32] and (scale, middle) [BN], two bfloat16 in an int32 -> the low and the high weights, [BN, 32]."""
+        """Codes [BN, 32] and (scale, middle) [BN], two bfloat16 in an int32 -> the low and the high weights,
+        [BN, 32]."""
         scale = (pair << 16).to(tl.float32, bitcast=True)[:, None]
         middle = (pair & -65536).to(tl.float32, bitcast=True)[:, None]
         zero = middle - 8 * scale
@@ -330,8 +333,9 @@ if triton is not None:
         KIND: tl.constexpr, ROUTED: tl.constexpr, SPLIT: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        """BN outputs of BM rows, over one share of the inputs. The product is taken transposed, [BN, K] x [K, BM]: the
-        weight is then the operand that tensor cores read from registers, where its numbers are made."""
+        """BN outputs of BM rows, over one share of the inputs. The product is taken transposed, [BN, K] x
+        [K, BM]: the weight is then the operand that tensor cores read from registers, where its numbers are
+        made."""
         n = tl.program_id(0) * BN + tl.arange(0, BN)
         first = tl.program_id(2) * BM
         stop = M

@@ -1,13 +1,15 @@
 """Small fusions: residual add + RMSNorm or LayerNorm, and silu(gate) * up.
 
-Letters: T tokens, H hidden size, I inner size of the MLP. Bytes of add + norm in 16 bits: the plain version of PyTorch
-runs 8 launches that read and write [T, H] about 16 times, part of them in float32; the kernel reads two tensors and
-writes two, 8 * T * H bytes in one launch: 32 KB a token at H = 4,096, 10 ns of an H100's bandwidth. At decode the time is
-all launch (about 3 us each, twice a block, less in a CUDA graph); at T = 8,192 it is 268 MB, 80 us. silu_mul reads 2
-numbers and writes 1: 6 * T * I bytes instead of 10 * T * I, and one launch instead of two.
+Letters: T tokens, H hidden size, I inner size of the MLP. Bytes of add + norm in 16 bits: the plain version
+of PyTorch runs 8 launches that read and write [T, H] about 16 times, part of them in float32; the kernel
+reads two tensors and writes two, 8 * T * H bytes in one launch: 32 KB a token at H = 4,096, 10 ns of an
+H100's bandwidth. At decode the time is all launch (about 3 us each, twice a block, less in a CUDA graph); at
+T = 8,192 it is 268 MB, 80 us. silu_mul reads 2 numbers and writes 1: 6 * T * I bytes instead of 10 * T * I,
+and one launch instead of two.
 
-The numerics are transformers' own: statistics in float32; RMSNorm is rounded before it meets its weight (LlamaRMSNorm),
-LayerNorm after (nn.LayerNorm); the sum is rounded before its statistics are taken; silu is rounded before the product.
+The numerics are transformers' own: statistics in float32; RMSNorm is rounded before it meets its weight
+(LlamaRMSNorm), LayerNorm after (nn.LayerNorm); the sum is rounded before its statistics are taken; silu is
+rounded before the product.
 """
 
 import torch
@@ -21,8 +23,9 @@ except ImportError:  # triton is Linux only: everything here but the launchers w
 
 
 def add_norm(x, residual, weight, bias=None, *, eps: float, kind: str = "rms"):
-    """Return (x + residual, its norm), both [T, H] in x's dtype; `residual` None stands for zeros. `kind` is "rms" or
-    "layer"; weight and bias (layer only, may be None) are [H]. Differentiable through the plain version."""
+    """Return (x + residual, its norm), both [T, H] in x's dtype; `residual` None stands for zeros. `kind` is
+    "rms" or "layer"; weight and bias (layer only, may be None) are [H]. Differentiable through the plain
+    version."""
     if kind not in ("rms", "layer"):
         raise ValueError(f"norm kind {kind!r}: want 'rms' or 'layer'")
     if (residual is not None and residual.shape != x.shape) or weight.shape != x.shape[-1:]:
@@ -90,7 +93,8 @@ if triton is not None:
         x_ptr, residual_ptr, weight_ptr, bias_ptr, total_ptr, out_ptr, H, eps,
         RESIDUAL: tl.constexpr, LAYER: tl.constexpr, BIAS: tl.constexpr, BH: tl.constexpr,
     ):  # fmt: skip
-        """One token: everything is read once and stays in registers between the sum, its statistics and the norm."""
+        """One token: everything is read once and stays in registers between the sum, its statistics and the
+        norm."""
         h = tl.arange(0, BH)
         there = h < H
         at = tl.program_id(0).to(tl.int64) * H + h

@@ -1,9 +1,10 @@
 """The paged cache's layout: which page holds which key of which row, and where this pass's keys go.
 
-A pool is [pages, page, K, D] for keys and one more for values: K key heads of D numbers, `page` tokens to a page. A row
-(one sequence of a batch) owns a list of pages, its table, e.g. [7, 8, 3]: its keys 0..15 stand in page 7, 16..31 in page
-8, and so on. A `Plan` says this for all rows of one executor pass, once for all layers, in the form each device wants:
-on CUDA three int32 tensors that the kernels read, on the CPU `Group`s of rows that PyTorch can treat as one batch.
+A pool is [pages, page, K, D] for keys and one more for values: K key heads of D numbers, `page` tokens to a
+page. A row (one sequence of a batch) owns a list of pages, its table, e.g. [7, 8, 3]: its keys 0..15 stand in
+page 7, 16..31 in page 8, and so on. A `Plan` says this for all rows of one executor pass, once for all
+layers, in the form each device wants: on CUDA three int32 tensors that the kernels read, on the CPU `Group`s
+of rows that PyTorch can treat as one batch.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ import torch
 
 @dataclass(frozen=True)
 class Group:
-    """Consecutive rows of one shape whose keys are one view of the pool (`ids` is None) or one gather (`ids`)."""
+    """Consecutive rows of one shape whose keys are one view of the pool (`ids` is None) or one gather
+    (`ids`)."""
 
     rows: int
     queries: int
@@ -28,7 +30,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one executor pass needs to know that does not depend on the layer; built once, used by all layers."""
+    """What one executor pass needs to know that does not depend on the layer; built once, used by all
+    layers."""
 
     tables: list[list[int]]
     queries: list[int]
@@ -56,7 +59,8 @@ class Plan:
 
     @cached_property
     def views(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """CUDA: (first token of each row and the end [rows + 1], keys of each row [rows], pages [rows, width])."""
+        """CUDA: (first token of each row and the end [rows + 1], keys of each row [rows], pages
+        [rows, width])."""
         rows = len(self.queries)
         lengths, table = rows + 1 + -(rows + 1) % 4, rows + 1 + -(rows + 1) % 4 + rows + -rows % 4
         starts = self.index[: rows + 1]
@@ -80,15 +84,15 @@ def plan(
     device="cpu",
     width: int | None = None,
 ) -> Plan:
-    """Lay out one pass: `tables[r]` are row r's pages in order (more than needed is fine), `queries[r]` >= 1 its new
-    tokens, `lengths[r]` its keys with the new tokens included. `width` fixes the pages per row on the device (CUDA
-    graphs). ValueError says which row is wrong."""
+    """Lay out one pass: `tables[r]` are row r's pages in order (more than needed is fine), `queries[r]` >= 1
+    its new tokens, `lengths[r]` its keys with the new tokens included. `width` fixes the pages per row on the
+    device (CUDA graphs). ValueError says which row is wrong."""
     if not len(tables) == len(queries) == len(lengths) > 0:
         raise ValueError(
             f"{len(tables)} page tables, {len(queries)} queries, {len(lengths)} lengths: want one a row"
         )
     slots = []
-    for row, (table, new, length) in enumerate(zip(tables, queries, lengths)):
+    for row, (table, new, length) in enumerate(zip(tables, queries, lengths, strict=True)):
         if not 1 <= new <= length <= len(table) * page_size:
             raise ValueError(
                 f"row {row}: want 1 <= queries <= length <= room, have queries {new}, length {length}, "
@@ -100,10 +104,7 @@ def plan(
         raise ValueError(f"a width of {width} pages is too little for a row of {needed}")
     tokens = torch.tensor(slots, dtype=torch.int64).to(device)
     made = Plan(tables, list(queries), list(lengths), page_size, width or needed, len(slots), tokens)
-    if tokens.is_cuda:  # now, while the caller's lists are what they are
-        _ = made.views
-    else:
-        _ = made.groups
+    _ = made.views if tokens.is_cuda else made.groups  # now, while the caller's lists are what they are
     return made
 
 
@@ -127,10 +128,11 @@ def view(pages, group: Group, low: int, high: int):
 
 
 def _groups(plan: Plan) -> tuple[Group, ...]:
-    """Join consecutive rows of equal shape: whole runs at an equal stride become one view, fragmented ones a gather."""
+    """Join consecutive rows of equal shape: whole runs at an equal stride become one view, fragmented ones a
+    gather."""
     found: list[list] = []  # [rows, queries, length, token, first page or None, stride or None, page ids]
     token = 0
-    for table, new, length in zip(plan.tables, plan.queries, plan.lengths):
+    for table, new, length in zip(plan.tables, plan.queries, plan.lengths, strict=True):
         pages = list(table[: -(-length // plan.page)])
         first = pages[0] if pages == list(range(pages[0], pages[0] + len(pages))) else None
         last = found[-1] if found else None

@@ -1,8 +1,9 @@
-"""Rotary positions, and the way of a fused projection into the cache: qkv -> rotated q, rotated k and v in their pages.
+"""Rotary positions, and the way of a fused projection into the cache: qkv -> rotated q; k and v in pages.
 
-Letters as in attention.py. The plain version rotates (reads and writes q and k), then copies k and v into the pages: 4
-launches that move (2N + 6K) * D numbers a token. The kernel reads qkv once and writes each number once, (2N + 4K) * D
-numbers in one launch. For Llama-3-8B that is 25 KB a token: at decode it is the launches that are saved, about 3 us each.
+Letters as in attention.py. The plain version rotates (reads and writes q and k), then copies k and v into the
+pages: 4 launches that move (2N + 6K) * D numbers a token. The kernel reads qkv once and writes each number
+once, (2N + 4K) * D numbers in one launch. For Llama-3-8B that is 25 KB a token: at decode it is the launches
+that are saved, about 3 us each.
 """
 
 import torch
@@ -17,9 +18,10 @@ except ImportError:  # triton is Linux only: everything here but the launchers w
 
 
 def rope_append(qkv, cos, sin, k_pages, v_pages, plan: Plan):
-    """Rotate the queries and keys of qkv [T, N + 2K, D] by cos and sin [T, R], R <= D even (the first R numbers of a
-    head are rotated, first half against second half; None: no rotation), write keys and values into their pages, in
-    place, and return the queries [T, N, D]. qkv is not needed afterwards and may be overwritten."""
+    """Rotate the queries and keys of qkv [T, N + 2K, D] by cos and sin [T, R], R <= D even (the first R
+    numbers of a head are rotated, first half against second half; None: no rotation), write keys and values
+    into their pages, in place, and return the queries [T, N, D]. qkv is not needed afterwards and may be
+    overwritten."""
     K, D = k_pages.shape[2:]
     N = qkv.shape[1] - 2 * K
     if N < 1 or qkv.shape[0] != plan.tokens or qkv.shape[2] != D or qkv.dtype != k_pages.dtype:
@@ -50,11 +52,11 @@ def _halves(cos, sin, plan: Plan, dtype):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions, differentiable: x [..., H, D] turned by cos and sin [..., R], R <= D: (a, b) -> (a * cos -
-    b * sin, b * cos + a * sin), where a is the first and b the second half of the R numbers."""
+    """Rotary positions, differentiable: x [..., H, D] turned by cos and sin [..., R], R <= D: (a, b) -> (a *
+    cos - b * sin, b * cos + a * sin), where a is the first and b the second half of the R numbers."""
     R = cos.shape[-1]
     cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
-    turned = x if R == x.shape[-1] else x[..., :R]
+    turned = x if x.shape[-1] == R else x[..., :R]
     a, b = turned.chunk(2, -1)
     low, high = sin.chunk(2, -1)
     out = turned * cos
@@ -63,7 +65,7 @@ def rotate(x, cos, sin):
     else:
         out[..., : R // 2].addcmul_(b, low, value=-1)
         out[..., R // 2 :].addcmul_(a, high)
-    return out if R == x.shape[-1] else torch.cat((out, x[..., R:]), -1)
+    return out if x.shape[-1] == R else torch.cat((out, x[..., R:]), -1)
 
 
 def launch_rope_append(qkv, cos, sin, k_pages, v_pages, plan: Plan):
@@ -88,7 +90,8 @@ if triton is not None:
     @triton.jit
     def _rope_append(
         qkv_ptr, cos_ptr, sin_ptr, out_ptr, k_ptr, v_ptr, slots_ptr,
-        N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr,
+        N: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+        R: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr,
     ):  # fmt: skip
         """BH heads of one token: the first N are queries, the next K keys, the last K values."""
         token = tl.program_id(0).to(tl.int64)

@@ -1,0 +1,67 @@
+"""What a token's position does to attention: rotary embeddings of every variant, and ALiBi's slopes.
+
+The tables are made here, once a pass; rotary.py applies the former and attention.py the latter.
+"""
+
+import functools
+import math
+
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+class Rotary:
+    """cos and sin for one model, from transformers' own rules. Some of its variants depend on how long a row
+    is (dynamic NTK, LongRoPE): each row gets its own frequencies, as it would have alone."""
+
+    def __init__(self, config, head_dim: int, device):
+        """`config`: a transformers config with `rope_parameters`; None for a model without rotary
+        embeddings."""
+        self.config, self.head_dim, self.device = config, head_dim, device
+        rope = getattr(config, "rope_parameters", None) or {}
+        self.kind, self.theta = rope.get("rope_type", "default"), rope.get("rope_theta", 1e4)
+        limit = rope.get("original_max_position_embeddings") if self.kind == "longrope" else None
+        self.limit = limit or getattr(config, "max_position_embeddings", 0)
+        self._frequencies = functools.lru_cache(maxsize=64)(self._compute)
+
+    def _compute(self, length: int | None) -> tuple[torch.Tensor, float]:
+        """Radians per token [D / 2], and what cos and sin are multiplied by."""
+        if self.kind == "default":
+            places = torch.arange(0, self.head_dim, 2, device=self.device).float()
+            return self.theta ** -(places / self.head_dim), 1.0
+        frequencies, scale = ROPE_INIT_FUNCTIONS[self.kind](self.config, self.device, seq_len=length)
+        return frequencies.float(), scale
+
+    def _of(self, length: int) -> tuple[torch.Tensor, float]:
+        """The frequencies for a row of this length: the plain ones up to the variant's limit."""
+        if self.kind not in ("dynamic", "longrope") or length <= self.limit:
+            return self._frequencies(None)
+        return self._frequencies(length if self.kind == "dynamic" else self.limit + 1)
+
+    def __call__(self, at: torch.Tensor, rows: list[tuple[int, int]], dtype: torch.dtype) -> tuple:
+        """cos and sin [T, D] for tokens at positions `at` [T]; `rows`: (tokens, final length) of each row, in
+        order. (None, None) for a model without rotary embeddings."""
+        if self.config is None:
+            return None, None
+        found = [self._of(length) for _, length in rows]
+        frequencies, scale = found[0]
+        if any(entry is not found[0] for entry in found):
+            counts = torch.tensor([tokens for tokens, _ in rows], device=self.device)
+            frequencies = torch.stack([each for each, _ in found]).repeat_interleave(counts, dim=0)
+            scale = torch.tensor([each for _, each in found], device=self.device)
+            scale = scale.repeat_interleave(counts)[:, None]
+        angles = (at[:, None] * frequencies).repeat(1, 2)
+        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def alibi_slopes(heads: int, kind: str) -> torch.Tensor:
+    """ALiBi's slope of each head [N] (Press et al., 2021, and its authors' rule where the heads are no power
+    of two).
+
+    `kind` "bloom": float32. "falcon": bfloat16, which tells attention.py to round and scale the biases as
+    transformers' Falcon does.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
+    return torch.tensor(slopes, dtype=torch.bfloat16 if kind == "falcon" else torch.float32)
