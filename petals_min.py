@@ -996,15 +996,14 @@ class ServerInfo:
 
 
 _CHECK_OF_TYPE = {
-    "Optional[int]": _count,
-    "Optional[float]": _number,
-    "Optional[str]": _text,
-    "Optional[bool]": lambda value: isinstance(value, bool),
-    "Optional[dict[str, float]]": _pings,
+    "int | None": _count,
+    "float | None": _number,
+    "str | None": _text,
+    "bool | None": lambda value: isinstance(value, bool),
+    "dict[str, float] | None": _pings,
     "Sequence[str]": _texts,
 }
-# what each field of a record's third part must be, by its annotation (a string, with `annotations` from
-# __future__)
+# what each field of a record's third part must be, by its annotation: a string, thanks to __future__
 _RECORD_CHECKS = {entry.name: _CHECK_OF_TYPE[entry.type] for entry in dataclasses.fields(ServerInfo)[2:]}
 
 
@@ -2238,8 +2237,8 @@ class _Base(_Distributed):
             raise UserError("give either input_ids or inputs_embeds")
         if any(map(kwargs.get, ("output_attentions", "output_hidden_states", "output_router_logits"))):
             raise UserError(
-                "attentions, router logits and hidden states of remote blocks stay on their servers; supported "
-                "is the last hidden state (of the base model), or layers[:k] for the state after block k"
+                "attentions, router logits and hidden states of remote blocks stay on their servers; "
+                "supported is the last hidden state, or layers[:k] for the state after block k"
             )
         layers, session = self.remote, _as_session(past_key_values)
         if session is None:
