@@ -1085,6 +1085,8 @@ def worst_blocks(table: list[dict[PeerID, ServerInfo]], count: int) -> range:
 DEFAULT_RPS = 300.0  # tokens/s per block where a server does not say (Petals' default_inference_rps)
 DEFAULT_PING = 0.05  # seconds of round trip where nobody has measured one
 HOP_SECONDS = 0.002  # what one more server costs besides the network: two hand-offs and the (de)serialization
+MAX_PINGED = 32  # servers whose round trip is measured at one reading of the directory
+PING_SECONDS = 0.5  # for which the first reading waits for round trips
 CACHE_PENALTY = 10.0  # seconds added for a server whose cache does not hold the session (Petals' alloc_delay)
 _FAR = (math.inf, ())  # a way that does not exist: seconds, route
 
@@ -1105,29 +1107,30 @@ class Router:
         self.reasons: dict[PeerID, str] = {}  # the last failure of each, for the error message
         self._reading: asyncio.Task | None = None
 
-    async def refresh(self, max_age: float = 0.0) -> None:
-        """Read the directory unless it was read within `max_age` seconds; concurrent callers share one
-        reading."""
+    async def refresh(self, max_age: float = 0.0, wait: bool = True) -> None:
+        """Have the directory read if the last reading is older than `max_age` seconds; callers share one
+        reading. A repair does not wait for it: reading takes seconds when a DHT peer is frozen too."""
         if time.monotonic() - self.updated <= max_age:
             return
         if self._reading is None or self._reading.done():
             self._reading = _spawn(self._read())
-        await asyncio.shield(self._reading)
+        if wait or self.updated == -math.inf:
+            await asyncio.shield(self._reading)
 
     async def _read(self) -> None:
         count = num_blocks(self.config)
         spans = spans_of(await read_directory(self.swarm, self.prefix, count))
         self.spans = [span for span in spans if self._allowed(span)]
-        self.updated = time.monotonic()
-        unknown = {span.peer for span in self.spans} - self.pings.keys()
-        if unknown:
-            await asyncio.gather(*(self._measure(peer) for peer in itertools.islice(unknown, 32)))
+        first, self.updated = self.updated == -math.inf, time.monotonic()
+        peers = list({span.peer for span in self.spans})
+        some = random.sample(peers, min(MAX_PINGED, len(peers)))
+        measuring = _spawn(_gather_quietly(*map(self._measure, some)))
+        if first:  # no round trip is known yet: give those that are near a moment to answer
+            await asyncio.wait([measuring], timeout=PING_SECONDS)
 
     async def _measure(self, peer: PeerID) -> None:
-        seconds = await self.swarm.ping(peer)
-        old = self.pings.get(peer)
-        if seconds < math.inf:
-            self.pings[peer] = seconds if old is None else 0.8 * old + 0.2 * seconds
+        seconds = min(await self.swarm.ping(peer), 2.0)  # one that does not answer is far
+        self.pings[peer] = 0.8 * self.pings.get(peer, seconds) + 0.2 * seconds
 
     def _allowed(self, span: Span) -> bool:
         names = {str(span.peer), span.info.public_name}
@@ -1162,8 +1165,10 @@ class Router:
                     free[index].append(span)
         missing = [index for index in range(start, end) if not everyone[index]]
         if missing:
-            known = "".join(f"; …{str(p)[-6:]}: {r}" for p, r in list(self.reasons.items())[-3:])
-            raise MissingBlocksError(self.prefix, missing, known)
+            unfit = [span for span in self.spans if span.start <= missing[0] < span.end]
+            longest = max((span.info.max_length or 0 for span in unfit), default=0)
+            detail = f" for this request: those that do take up to {longest} tokens" if unfit else ""
+            raise MissingBlocksError(self.prefix, missing, detail + self._recent_failures())
         return [free[index] or everyone[index] for index in range(start, end)]
 
     def fastest(
@@ -1225,26 +1230,29 @@ class Router:
             start = route[-1].end
         return route
 
+    def _recent_failures(self) -> str:
+        return "".join(f"; …{str(peer)[-6:]}: {why}" for peer, why in list(self.reasons.items())[-3:])
+
     async def before_retry(self, attempt: int, error: Exception, what: str) -> None:
         """Wait before attempt number `attempt` >= 1, or raise the error when `max_retries` are spent. The
-        directory is read meanwhile, so that a server that comes online is found within a second or two."""
+        directory is read meanwhile; whatever comes online ends the wait."""
         config = self.config
         if config.max_retries is not None and attempt > config.max_retries:
+            if isinstance(error, PeerError):
+                raise PeerError(f"{what} failed {attempt} times{self._recent_failures()}", error.peer)
             raise error
-        delay = (
-            0.0 if attempt == 1 else min(config.min_backoff * 2 ** min(attempt - 2, 20), config.max_backoff)
-        )
+        growth = 2 ** min(attempt - 2, 20)
+        delay = 0.0 if attempt == 1 else min(config.min_backoff * growth, config.max_backoff)
         logger.warning("%s: %s; retrying in %.1f s", what, error, delay)
         deadline = time.monotonic() + delay
+        known = {(span.peer, span.start, span.end) for span in self.spans}
         while True:
-            await self.refresh(max_age=0.5)
+            await self.refresh(max_age=0.5, wait=isinstance(error, MissingBlocksError))
+            new = {(span.peer, span.start, span.end) for span in self.spans} - known
             left = deadline - time.monotonic()
-            if left <= 0 or (isinstance(error, MissingBlocksError) and self._covers(error.blocks)):
+            if left <= 0 or new:
                 return
-            await asyncio.sleep(min(1.0, left))
-
-    def _covers(self, blocks: Sequence[int]) -> bool:
-        return all(any(span.start <= block < span.end for span in self.spans) for block in blocks)
+            await asyncio.sleep(min(0.5, left))
 
 
 # ============================================================================================================
@@ -1567,6 +1575,7 @@ class Route:
     async def _run_piece(self, step: Step) -> Tensor:
         for attempt in itertools.count(1):
             try:
+                await self.router.refresh(max_age=self.config.update_period, wait=False)
                 await self._repair(step)
                 chained = attempt == 1 and await self._chain(step)
                 output = (
@@ -1602,9 +1611,13 @@ class Route:
             hop.send(Step(step.start, step.hidden[:, :0]), step.hidden[:, :0])
         for hop in rest:
             hop.expect(step)
-        chain = [(hop.span.name, hop.session_id, hop.start, hop.end) for hop in rest]
-        first.send(step, step.hidden, next_servers=chain)
+        first.send(step, step.hidden, next_servers=self._targets(rest))
         await self._watch(step, self.hops, self.config.request_timeout)
+
+    @staticmethod
+    def _targets(hops: Sequence[Hop]) -> list[tuple[str, str, int, int]]:
+        """To whom a server pushes, and these in turn (PROTOCOL.md, RPCs)."""
+        return [(hop.span.name, hop.session_id, hop.start, hop.end) for hop in hops]
 
     async def _carry(self, step: Step, hops: Sequence[Hop]) -> Tensor:
         """Take the step from server to server ourselves, from the last one on that has already answered
@@ -1643,7 +1656,8 @@ class Route:
     async def _vigil(self, step: Step, hops: Sequence[Hop], deadline: float) -> None:
         """Ask each server whose turn it is whether it lives; PeerError says that it does not. Where the push
         to it is late, send it the step."""
-        for before, hop in zip([None, *hops], hops):  # noqa: B905 - the last server is before nobody
+        for index, hop in enumerate(hops):
+            before = hops[index - 1] if index else None
             answer, peer, late, missed = hop.expect(step), hop.span.peer, time.monotonic() + PUSH_SECONDS, 0
             while not (await asyncio.wait([answer], timeout=PROBE_SECONDS))[0]:
                 patience = max(1.0, 4 * self.router.pings.get(peer, 0.0))
@@ -1659,7 +1673,8 @@ class Route:
                 if time.monotonic() > deadline:
                     raise PeerError("it lives, but did not answer a step in time", peer)
                 if before is not None and time.monotonic() > late:
-                    hop.send(step, _checked(before.expect(step).result(), step.hidden, before.span.peer))
+                    value = _checked(before.expect(step).result(), step.hidden, before.span.peer)
+                    hop.send(step, value, next_servers=self._targets(hops[index + 1 :]))
                     late = math.inf
 
     def _commit(self, step: Step) -> None:
@@ -1699,7 +1714,6 @@ class Route:
     async def _open(self, start: int, end: int, inputs: Tensor | None) -> list[Hop]:
         """New servers for some blocks, their caches rebuilt from the inputs [B, T, H] of the first of
         them."""
-        await self.router.refresh(max_age=self.config.update_period)
         tokens = len(self.rows) * self.max_length
         spans = self.router.fastest(start, end, tokens=tokens, needs=self.fits)
         if self.config.show_route:
@@ -3259,6 +3273,10 @@ class TransformerConnectionHandler(ServicerBase):
             request = pack_request(uid, [NOTHING, NOTHING, hypo_ids], passed)
             request.tensors[0].CopyFrom(output)
             peer = PeerID.from_base58(name)
+            if peer == self.server.swarm.peer_id:  # libp2p does not call itself
+                if session_id in self.sessions:
+                    self.sessions[session_id].push(request, passed, peer)
+                return
             await call(self.server.swarm.p2p, peer, "rpc_push", request, ExpertResponse, 30)
         except Exception as error:
             logger.info("a push to the next server failed: %s", _first_line(error))
@@ -3397,15 +3415,15 @@ class Server:
         taken = await announce(self.swarm, self.prefix, self.span, self.info, self.record_seconds)
         if taken < len(self.span):
             logger.warning("the directory took %d of %d records", taken, len(self.span))
+        if self.info.state == ONLINE and not self.prefix.startswith("_"):
+            repository = None if os.path.isdir(self.model) else f"https://huggingface.co/{self.model}"
+            record = {"num_blocks": self.total, "repository": repository}
+            await self.swarm.store(["_petals.models"], [record], [self.prefix], self.record_seconds)
 
     async def _go_online(self) -> None:
         self.handler = TransformerConnectionHandler(self)
         await self.handler.add_p2p_handlers(self.swarm.p2p)
         await self._announce()
-        if not self.prefix.startswith("_"):
-            repository = None if os.path.isdir(self.model) else f"https://huggingface.co/{self.model}"
-            record = {"num_blocks": self.total, "repository": repository}
-            await self.swarm.store(["_petals.models"], [record], [self.prefix], self.record_seconds)
         self._announcing = _spawn(self._keep_announcing())
 
     async def _keep_announcing(self) -> None:
@@ -3432,11 +3450,11 @@ class Server:
             self.info.state, self.info.next_pings = OFFLINE, None
             with contextlib.suppress(Exception):
                 offline = announce(swarm, self.prefix, self.span, self.info, self.record_seconds)
-                await asyncio.wait_for(offline, 3)
+                await asyncio.wait_for(offline, 2.5)
         if hasattr(self, "executor"):
             self.executor.stop()
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(swarm.leave(), 2)
+            await asyncio.wait_for(swarm.leave(), 1)
 
 
 # ============================================================================================================
@@ -3603,7 +3621,7 @@ def run_dht(args: argparse.Namespace) -> None:
         _report(state="online", peer_id=str(swarm.peer_id), initial_peers=addresses)
         signal.pause()
     finally:
-        wire().call(_gather_quietly(swarm.leave()))
+        wire().call(_gather_quietly(asyncio.wait_for(swarm.leave(), 2)))
 
 
 def _load_client(model: str, **options: Any) -> tuple[Any, Any]:
