@@ -103,7 +103,7 @@ import transformers  # noqa: E402
 import uvloop  # noqa: E402
 from hivemind.compression import deserialize_torch_tensor, serialize_torch_tensor  # noqa: E402
 from hivemind.dht.node import DHTNode  # noqa: E402
-from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase  # noqa: E402
+from hivemind.p2p import P2P, P2PContext, P2PHandlerError, PeerID, ServicerBase  # noqa: E402
 from hivemind.proto import dht_pb2, runtime_pb2  # noqa: E402
 from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID  # noqa: E402
 from hivemind.utils import MSGPackSerializer, get_dht_time  # noqa: E402
@@ -167,9 +167,9 @@ class MissingBlocksError(PetalsError):
 class PeerError(PetalsError):
     """A server failed, lied or fell silent: its fault, not the user's. Another one is tried."""
 
-    def __init__(self, message: str, peer: PeerID | None = None):
+    def __init__(self, message: str, peer: PeerID | None = None, silent: bool = True):
         super().__init__(message)
-        self.peer = peer
+        self.peer, self.silent = peer, silent  # silent: it did not answer, rather than refuse
 
 
 class AllocationFailed(PetalsError):
@@ -734,7 +734,7 @@ class Stream:
         except Exception as broken:  # end of file, reset, or bytes that are no message
             raise PeerError(f"the connection broke: {_first_line(broken)}", self.peer) from broken
         if error is not None:
-            raise PeerError(error.message, self.peer)
+            raise PeerError(error.message, self.peer, silent=False)
         return message
 
     async def until_end(self, kind: type) -> AsyncIterator[Any]:
@@ -761,7 +761,7 @@ async def _within(timeout: float, peer: PeerID, answer: Any) -> Any:
     except asyncio.TimeoutError as error:
         raise PeerError(f"no answer in {timeout:g} s", peer) from error
     except Exception as error:
-        raise PeerError(_first_line(error), peer) from error
+        raise PeerError(_first_line(error), peer, not isinstance(error, P2PHandlerError)) from error
 
 
 async def call(p2p: P2P, peer: PeerID, rpc: str, request, answer: type, timeout: float) -> Any:
@@ -1105,6 +1105,7 @@ class Router:
         self.pings: dict[PeerID, float] = {}  # smoothed round trips, seconds
         self.bans: dict[PeerID, tuple[float, int]] = {}  # until when (monotonic), failures in a row
         self.reasons: dict[PeerID, str] = {}  # the last failure of each, for the error message
+        self.silent: set[PeerID] = set()  # banned for silence: an answer lifts the ban
         self._reading: asyncio.Task | None = None
 
     async def refresh(self, max_age: float = 0.0, wait: bool = True) -> None:
@@ -1142,8 +1143,9 @@ class Router:
             and (adapter is None or adapter in span.info.adapters)
         )
 
-    def failed(self, peer: PeerID, reason: str) -> None:
+    def failed(self, peer: PeerID, reason: str, silent: bool = True) -> None:
         """Leave this peer alone for a while, twice as long at each failure in a row."""
+        (self.silent.add if silent else self.silent.discard)(peer)
         streak = self.bans.get(peer, (0.0, 0))[1] + 1
         seconds = self.config.ban_timeout * 2 ** min(streak - 1, 10)
         self.bans[peer] = (time.monotonic() + seconds, streak)
@@ -1153,6 +1155,16 @@ class Router:
     def succeeded(self, peer: PeerID) -> None:
         if self.bans:
             self.bans.pop(peer, None)
+            self.silent.discard(peer)
+
+    async def _returned(self) -> bool:
+        """Whether some server answers again that was banned for its silence."""
+        silent = [peer for peer in self.silent if peer in self.bans]
+        asked = (call(self.swarm.p2p, p, "rpc_info", ExpertUID(), ExpertInfo, 1.0) for p in silent)
+        for peer, answer in zip(silent, await _gather_quietly(*asked), strict=True):
+            if isinstance(answer, ExpertInfo):
+                self.succeeded(peer)
+        return any(peer not in self.bans for peer in silent)
 
     def _usable(self, start: int, end: int, needs: Callable[[Span], bool]) -> list[list[Span]]:
         """For each block start..end-1 the spans that hold it; banned ones only where there is nobody else."""
@@ -1169,7 +1181,12 @@ class Router:
             longest = max((span.info.max_length or 0 for span in unfit), default=0)
             detail = f" for this request: those that do take up to {longest} tokens" if unfit else ""
             raise MissingBlocksError(self.prefix, missing, detail + self._recent_failures())
-        return [free[index] or everyone[index] for index in range(start, end)]
+        return [free[index] or self._least_banned(everyone[index]) for index in range(start, end)]
+
+    def _least_banned(self, spans: list[Span]) -> list[Span]:
+        """Where everyone is banned: whoever failed longest ago, not the one that has just failed."""
+        ends = [self.bans[span.peer][0] for span in spans]
+        return [span for span, end in zip(spans, ends, strict=True) if end < min(ends) + 0.1]
 
     def fastest(
         self, start: int, end: int, tokens: int = 0, needs: Callable[[Span], bool] = lambda s: True
@@ -1250,7 +1267,7 @@ class Router:
             await self.refresh(max_age=0.5, wait=isinstance(error, MissingBlocksError))
             new = {(span.peer, span.start, span.end) for span in self.spans} - known
             left = deadline - time.monotonic()
-            if left <= 0 or new:
+            if left <= 0 or new or await self._returned():
                 return
             await asyncio.sleep(min(0.5, left))
 
@@ -1260,6 +1277,7 @@ class Router:
 # ============================================================================================================
 
 PROBE_SECONDS = 0.2  # silence after which a server at work is asked whether it lives, and again after as long
+SLOWEST_LINK = 125e3  # bytes/s: a probe waits behind the step that is being sent, so patience grows with it
 PUSH_SECONDS = 1.0  # silence after which a push counts as late and the client sends the step itself
 FAREWELL_SECONDS = 5.0  # that the end of a stream may take to send
 HISTORY_SECONDS = 5.0  # how long a repair waits for middle answers that are still on their way
@@ -1281,7 +1299,7 @@ async def _before_retry(router: Router, attempt: int, error: PetalsError, what: 
     """After the failure of attempt number `attempt` >= 1: ban the server, wait; or raise when no retries are
     left."""
     if isinstance(error, PeerError):
-        router.failed(error.peer, str(error))
+        router.failed(error.peer, str(error), error.silent)
         error = PeerError(f"server …{str(error.peer)[-6:]}: {error}", error.peer)
     await router.before_retry(attempt, error, what)
 
@@ -1658,9 +1676,11 @@ class Route:
         to it is late, send it the step."""
         for index, hop in enumerate(hops):
             before = hops[index - 1] if index else None
-            answer, peer, late, missed = hop.expect(step), hop.span.peer, time.monotonic() + PUSH_SECONDS, 0
+            answer, peer, missed = hop.expect(step), hop.span.peer, 0
+            sending = step.hidden.nbytes / SLOWEST_LINK
+            late = time.monotonic() + PUSH_SECONDS + sending / 10
             while not (await asyncio.wait([answer], timeout=PROBE_SECONDS))[0]:
-                patience = max(1.0, 4 * self.router.pings.get(peer, 0.0))
+                patience = max(1.0, 4 * self.router.pings.get(peer, 0.0)) + sending
                 try:
                     await call(
                         self.router.swarm.p2p, peer, "rpc_info", ExpertUID(uid=""), ExpertInfo, patience
@@ -3031,7 +3051,7 @@ class ServerSession:
         held = _size(request) + sum(_size(waiting) for waiting, _ in self.pushes.values())
         if self.push_from not in (None, sender.to_base58()):
             logger.info("session %s: dropped a push by %s, not named by its client", self.id[:8], sender)
-        elif len(self.pushes) >= MAX_PUSHES or held > MAX_PUSH_BYTES:
+        elif start != self.position and (len(self.pushes) >= MAX_PUSHES or held > MAX_PUSH_BYTES):
             logger.info("session %s: dropped a push, %d are waiting", self.id[:8], len(self.pushes))
         elif metadata.get("step_id") not in self.seen:
             self.pushes[start] = (request, metadata)
@@ -3413,7 +3433,8 @@ class Server:
         if self.info.state == ONLINE:
             self.info.cache_tokens_left = 2 * self.pool.tokens_left * len(self.span)
         taken = await announce(self.swarm, self.prefix, self.span, self.info, self.record_seconds)
-        if taken < len(self.span):
+        self.announced = taken == len(self.span)
+        if not self.announced:
             logger.warning("the directory took %d of %d records", taken, len(self.span))
         if self.info.state == ONLINE and not self.prefix.startswith("_"):
             repository = None if os.path.isdir(self.model) else f"https://huggingface.co/{self.model}"
@@ -3428,7 +3449,7 @@ class Server:
 
     async def _keep_announcing(self) -> None:
         while True:
-            await asyncio.sleep(self.update_period)
+            await asyncio.sleep(self.update_period if self.announced else min(5.0, self.update_period))
             try:
                 self.info.next_pings = await self._ping_next()
                 await self._announce()
