@@ -1086,6 +1086,7 @@ DEFAULT_RPS = 300.0  # tokens/s per block where a server does not say (Petals' d
 DEFAULT_PING = 0.05  # seconds of round trip where nobody has measured one
 HOP_SECONDS = 0.002  # what one more server costs besides the network: two hand-offs and the (de)serialization
 MAX_PINGED = 32  # servers whose round trip is measured at one reading of the directory
+MAX_PING = 2.0  # seconds: the round trip of a server that did not answer a ping
 PING_SECONDS = 0.5  # for which the first reading waits for round trips
 CACHE_PENALTY = 10.0  # seconds added for a server whose cache does not hold the session (Petals' alloc_delay)
 _FAR = (math.inf, ())  # a way that does not exist: seconds, route
@@ -1130,8 +1131,9 @@ class Router:
             await asyncio.wait([measuring], timeout=PING_SECONDS)
 
     async def _measure(self, peer: PeerID) -> None:
-        seconds = min(await self.swarm.ping(peer), 2.0)  # one that does not answer is far
-        self.pings[peer] = 0.8 * self.pings.get(peer, seconds) + 0.2 * seconds
+        seconds = min(await self.swarm.ping(peer), MAX_PING)  # one that does not answer is far
+        old = self.pings.get(peer, MAX_PING)
+        self.pings[peer] = seconds if old == MAX_PING else 0.8 * old + 0.2 * seconds
 
     def _allowed(self, span: Span) -> bool:
         names = {str(span.peer), span.info.public_name}
@@ -1680,7 +1682,7 @@ class Route:
             sending = step.hidden.nbytes / SLOWEST_LINK
             late = time.monotonic() + PUSH_SECONDS + sending / 10
             while not (await asyncio.wait([answer], timeout=PROBE_SECONDS))[0]:
-                patience = max(1.0, 4 * self.router.pings.get(peer, 0.0)) + sending
+                patience = min(max(1.0, 4 * self.router.pings.get(peer, 0.0)), MAX_PING) + sending
                 try:
                     await call(
                         self.router.swarm.p2p, peer, "rpc_info", ExpertUID(uid=""), ExpertInfo, patience
@@ -2102,7 +2104,7 @@ async def remote_forward(
     trail, at, value, attempt = [], start, hidden, 0
     while at < end:
         try:
-            await router.refresh(max_age=router.config.update_period)
+            await router.refresh(max_age=router.config.update_period, wait=False)
             span = router.spread(at, end)[0]
             part = _prompts_of(prompts, slice(at - start, span.end - start))
             output, *_ = await _request(router, span, "rpc_forward", [value], part)
