@@ -241,6 +241,8 @@ def _leave_all_swarms(thread: Wire) -> None:
         farewells = [swarm.leave() for swarm in list(thread.swarms.values())]
         with contextlib.suppress(Exception):
             thread.call(_gather_quietly(*farewells), timeout=3)
+        thread.soon(thread.loop.stop)  # nothing of ours may run while the interpreter is taken apart
+        thread.join(1)
 
 
 async def _gather_quietly(*coroutines) -> list:

@@ -1,0 +1,211 @@
+"""What petals_min costs, measured: one command a question. Each prints the ceiling first, where there is one,
+then what was measured, and ends with one line of JSON.
+
+    python bench.py chaos [--generations 100]   what a user notices of servers that crash, freeze or are cut
+    off python bench.py soak [--minutes 30]         whether anything goes wrong, hangs, grows or leaks under
+    faults python bench.py chain [--tokens 60]         a token over three servers, 50 ms from the client, 1 ms
+    apart
+
+Servers run one thread each. Slow links and cuts need root, network namespaces and /dev/net/tun (see the
+tests).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import random
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+import petals_min as pm
+from test_petals_min import (
+    CHAOS_MODES,
+    CHAOS_SPANS,
+    NEW,
+    SEEDS,
+    Clock,
+    Faults,
+    disturbed,
+    generate,
+    make_model,
+    prompt,
+    save,
+    undisturbed,
+    until,
+)
+
+pm.logger.setLevel(os.environ.get("LOG", "ERROR"))
+
+
+def report(**figures) -> None:
+    print(json.dumps(figures), flush=True)
+
+
+@contextlib.contextmanager
+def faulty_swarm(reference, spans: list[str], **link):
+    with tempfile.TemporaryDirectory() as folder:
+        path = save(reference, Path(folder) / "tiny-llama")
+        with Faults(Path(folder), path, spans, **link) as faults:
+            yield faults
+
+
+def chaos(generations: int = 100, seed: int = 0) -> None:
+    """Question: what does a user notice of a crash, a freeze or a cut in the middle of a text?"""
+    chance, reference, stalls, wrong = random.Random(seed), make_model("llama"), {}, 0
+    with faulty_swarm(reference, CHAOS_SPANS) as faults:
+        model = faults.client()
+        router = model.remote.router
+        for number, mode in zip(range(generations), itertools.cycle(CHAOS_MODES), strict=False):
+            verb = chance.choice(["crash", "freeze"] + ["cut"] * (faults.net is not None))
+            alone, place = chance.random() < 0.5, chance.randrange(4)
+            after = chance.randrange(NEW // 3)
+            faults.mend()
+            router.bans.clear()
+            fresh = lambda: (
+                pm.wire().call(router.refresh(max_age=0.2)) or len(router.spans) == len(CHAOS_SPANS)
+            )  # noqa: E731
+            until(fresh)
+            ids, stall = disturbed(faults, model, mode, place, verb, alone, after)
+            stalls.setdefault(verb, []).append(stall)
+            right = ids == undisturbed(reference, mode)
+            wrong += not right
+            print(f"{number:3} {mode:9} {verb:6} {'alone' if alone else 'group'} at {place} after {after}: "
+                  f"{stall:.2f} s{'' if right else ' WRONG'}", flush=True)  # fmt: skip
+    figures = {
+        verb: {
+            "count": len(some),
+            "median_s": round(statistics.median(some), 3),
+            "worst_s": round(max(some), 3),
+        }
+        for verb, some in stalls.items()
+    }
+    report(bench="chaos", generations=generations, wrong=wrong, **figures)
+
+
+def memory(pid: int) -> float:
+    """MiB that a process has for itself, shared pages in parts (PSS)."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+def soak(minutes: float = 30, clients: int = 8, period: float = 10) -> None:
+    """Question: does anything go wrong, hang, grow or leak when servers fail for half an hour?"""
+    chance, reference, over = random.Random(1), make_model("llama"), threading.Event()
+    expected = {mode: undisturbed(reference, mode) for mode in CHAOS_MODES}
+    done, wrong, errors, slowest = [0] * clients, [], [], [0.0] * clients
+    with faulty_swarm(reference, CHAOS_SPANS) as faults:
+        models = [faults.client() for _ in range(clients)]
+        sampling = threading.Lock()
+
+        def use(index: int) -> None:
+            for mode in itertools.cycle(CHAOS_MODES):
+                if over.is_set():
+                    return
+                began = time.monotonic()
+                try:
+                    if mode == "sampling":  # torch's generator is the process's own
+                        with sampling:
+                            ids = generate(models[index], mode, SEEDS["llama"][mode]).tolist()
+                    else:
+                        ids = models[index].generate(**prompt(mode, SEEDS["llama"][mode])).tolist()
+                except Exception as error:
+                    errors.append(f"client {index}, {mode}: {error!r}")
+                    continue
+                slowest[index] = max(slowest[index], time.monotonic() - began)
+                done[index] += 1
+                if ids != expected[mode]:
+                    wrong.append((index, mode))
+
+        threads = [threading.Thread(target=use, args=(index,), daemon=True) for index in range(clients)]
+        for thread in threads:
+            thread.start()
+        start, samples, faults_done = time.monotonic(), [], {"crash": 0, "freeze": 0, "cut": 0}
+        while (now := time.monotonic()) - start < 60 * minutes:
+            verb = chance.choice(["crash", "freeze"] + ["cut"] * (faults.net is not None))
+            getattr(faults, verb)(chance.choice(list(faults.hosts)), chance.random() < 0.5)
+            faults_done[verb] += 1
+            time.sleep(period / 2)
+            faults.mend()
+            time.sleep(max(0.0, now + period - time.monotonic()))
+            client = memory(os.getpid())
+            pids = {host: faults.processes[host].popen.pid for host in faults.host_of.values()}
+            servers = {host: (pid, memory(pid)) for host, pid in pids.items()}
+            samples.append((time.monotonic() - start, client, servers))
+            mean = statistics.mean(mib for _, mib in servers.values())
+            figures = f"{sum(done)} generations, client {client:.0f} MiB, servers {mean:.0f} MiB"
+            print(f"{samples[-1][0]:6.0f} s: {figures}, {verb}", flush=True)
+        over.set()
+        faults.mend()
+        patience = time.monotonic() + 60
+        for thread in threads:
+            thread.join(max(0.0, patience - time.monotonic()))
+        hung = sum(thread.is_alive() for thread in threads)
+        swarm = models[0].remote.router.swarm
+        spans = {host: span.split("@")[0].split(":") for host, span in faults.hosts.items()}
+        full = {host: 8192 * (int(last) - int(first)) for host, (first, last) in spans.items()}
+        with contextlib.suppress(AssertionError):
+            until(lambda: faults.free_tokens(swarm) == full, 60)
+        leaked = {host: full[host] - free for host, free in faults.free_tokens(swarm).items()}
+    settled = [sample for sample in samples if sample[0] > min(300, 30 * minutes)]
+    grown = []  # of the servers' processes that lived from then to the end
+    for host, (pid, mib) in settled[0][2].items():
+        last_pid, last_mib = settled[-1][2].get(host, (0, 0.0))
+        if pid == last_pid:
+            grown.append(last_mib - mib)
+    report(bench="soak", minutes=minutes, generations=sum(done), faults=faults_done, wrong=len(wrong),
+           errors=errors[:5], hung=hung, slowest_generation_s=round(max(slowest), 1),
+           client_mib=[round(settled[0][1]), round(settled[-1][1])],
+           server_growth_mib=[round(g, 1) for g in grown], leaked_tokens=sum(leaked.values()))  # fmt: skip
+
+
+def chain(tokens: int = 60, client_ms: float = 50, server_ms: float = 1) -> None:
+    """What does a token cost over three servers, 50 ms from the client and 1 ms from each other? The
+    floor is one trip around the chain, 50 + 1 + 1 + 50 = 102 ms, plus compute; in turn: 300 ms."""
+    reference = make_model("llama")
+    ids, figures = torch.ones(1, 16, dtype=torch.int64), {}
+    with faulty_swarm(reference, ["0:1", "1:3", "3:5"], client_ms=0, server_ms=0) as faults:
+        for name, delays, options in [
+            ("compute", (0, 0), {}),
+            ("chain", (client_ms, server_ms), {}),
+            ("in_turn", (client_ms, server_ms), {"use_server_to_server": False}),
+        ]:
+            for a, b in itertools.combinations(faults.net.hosts, 2):
+                faults.net.set_delay(a, b, delays["client" not in (a, b)])
+            model, clock = faults.client(**options), Clock()
+            greedy = {"max_new_tokens": tokens, "do_sample": False, "stopping_criteria": [clock]}
+            with model.inference_session(max_length=ids.shape[1] + tokens + 1) as session:
+                model.generate(ids, session=session, **greedy)
+            gaps = [b - a for a, b in itertools.pairwise(clock.times)][5:]
+            figures[name] = 1e3 * statistics.median(gaps)
+            print(
+                f"{name:8} {figures[name]:.1f} ms per token (median; worst {1e3 * max(gaps):.1f})", flush=True
+            )
+    trip = 2 * client_ms + 2 * server_ms
+    floor = trip + figures["compute"]
+    print(f"one trip around the chain {trip:.0f} ms + compute {figures['compute']:.1f} ms = {floor:.1f} ms; "
+          f"three round trips of the client {6 * client_ms:.0f} ms")  # fmt: skip
+    report(bench="chain", **{f"{name}_ms": round(value, 1) for name, value in figures.items()}, trip_ms=trip,
+           over_floor=round(figures["chain"] / floor - 1, 3), three_round_trips_ms=6 * client_ms)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("chaos").add_argument("--generations", type=int, default=100)
+    commands.add_parser("soak").add_argument("--minutes", type=float, default=30)
+    commands.add_parser("chain").add_argument("--tokens", type=int, default=60)
+    options = vars(parser.parse_args())
+    globals()[options.pop("command")](**options)
+
+
+if __name__ == "__main__":
+    main()
