@@ -70,10 +70,9 @@ def chaos(generations: int = 100, seed: int = 0) -> None:
             after = chance.randrange(NEW // 3)
             faults.mend()
             router.bans.clear()
-            fresh = lambda: (
-                pm.wire().call(router.refresh(max_age=0.2)) or len(router.spans) == len(CHAOS_SPANS)
-            )  # noqa: E731
-            until(fresh)
+            until(
+                lambda: pm.wire().call(router.refresh(max_age=0.2)) or len(router.spans) == len(CHAOS_SPANS)
+            )
             ids, stall = disturbed(faults, model, mode, place, verb, alone, after)
             stalls.setdefault(verb, []).append(stall)
             right = ids == undisturbed(reference, mode)
