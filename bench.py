@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import os
 import random
 import statistics
@@ -92,8 +93,10 @@ def chaos(generations: int = 100, seed: int = 0) -> None:
 
 def memory(pid: int) -> float:
     """MiB that a process has for itself, shared pages in parts (PSS)."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    with contextlib.suppress(ProcessLookupError):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    return math.nan  # it was ending
 
 
 def soak(minutes: float = 30, clients: int = 8, period: float = 10) -> None:

@@ -799,6 +799,7 @@ class Swarm:
 
     def __init__(self, p2p: P2P, node: DHTNode | None = None, dht: hivemind.DHT | None = None):
         self.p2p, self.node, self.dht = p2p, node, dht
+        self.bootstrap: list[PeerID] = []  # the initial peers
         _bound_nesting()
         if node is not None:
             node.protocol.serializer = RecordSerializer
@@ -815,7 +816,9 @@ class Swarm:
             node = await DHTNode.create(initial_peers=peers, num_workers=32, startup_timeout=30, **options)
         except Exception as error:
             raise _explain_join(error, initial_peers, options) from error
-        return cls(node.p2p, node)
+        swarm = cls(node.p2p, node)
+        swarm.bootstrap = [PeerID.from_base58(Multiaddr(address)["p2p"]) for address in initial_peers]
+        return swarm
 
     @classmethod
     async def borrow(cls, dht: hivemind.DHT) -> Swarm:
@@ -855,7 +858,16 @@ class Swarm:
         for future in late:
             future.cancel()
         entries = {key: future.result() if future in done else None for key, future in found.items()}
+        if not any(entries.values()):
+            await self.rejoin()
         return {key: entry.value if entry is not None else None for key, entry in entries.items()}
+
+    async def rejoin(self) -> None:
+        """Meet the initial peers again: hivemind forgets a DHT peer that was silent once, so a node whose
+        network was away for seconds knows nobody and would find nothing for ever."""
+        if self.node is not None:
+            self.node.blacklist.clear()
+            await _gather_quietly(*map(self.node.protocol.call_ping, self.bootstrap))
 
     async def store(
         self, keys: Sequence[str], values: Sequence[Any], subkeys: Sequence[str], seconds: float
@@ -1914,8 +1926,8 @@ class InferenceSession(transformers.Cache):
             raise UserError(
                 "this session is closed; open another with model.inference_session(max_length=...)"
             )
-        if past and self.batch_size_ != B:
-            raise UserError(f"this session has {self.batch_size_} rows, {B} came; reset() starts over")
+        if self._starts_over(B):
+            past = 0
         if self.max_length is None:
             self.max_length = min(2048, getattr(self.config, "max_position_embeddings", 2048))
         if past + T > self.max_length:
@@ -1934,6 +1946,15 @@ class InferenceSession(transformers.Cache):
         prompts = None if prompts is None else prompts.detach().to("cpu", local.dtype)
         self.batch_size_ = B
         return wire().call(self._run(Step(past, local, prompts, order))).to(hidden.device, hidden.dtype)
+
+    def _starts_over(self, rows: int) -> bool:
+        """With another batch size a session starts over at position 0."""
+        other = self._position > 0 and self.batch_size_ != rows
+        if other:
+            logger.warning("a session of %d rows gets %d: it starts over", self.batch_size_, rows)
+            self.reset()
+            self.left_pad = []
+        return other
 
     @property
     def closed(self) -> bool:
@@ -2040,6 +2061,9 @@ class RemoteSequential(nn.Module):
 
     def __iter__(self):
         return (self[index] for index in range(len(self)))
+
+    def __deepcopy__(self, memo: dict) -> RemoteSequential:
+        return copy.copy(self)  # the same servers, and our one connection to them
 
     def extra_repr(self) -> str:
         return (
@@ -2198,6 +2222,10 @@ class _Distributed:
         dtype = kwargs.pop("torch_dtype", None)
         dtype = parse_dtype(kwargs.pop("dtype", dtype))
         config = load_config(name, kwargs)
+        if config.model_type != cls.config_class.model_type:
+            raise UserError(
+                f"{name!r} is a {config.model_type}: {cls.__name__} loads {cls.config_class.model_type}"
+            )
         hub = {key: kwargs.pop(key, None) for key in ("token", "revision", "cache_dir")}
         checkpoint = Checkpoint(name, **hub)
         with torch.device("meta"):
@@ -2273,7 +2301,9 @@ class _Base(_Distributed):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give either input_ids or inputs_embeds")
-        if any(map(kwargs.get, ("output_attentions", "output_hidden_states", "output_router_logits"))):
+        extras = ("output_attentions", "output_hidden_states", "output_router_logits")
+        given = {key: value for key, value in kwargs.items() if value is not None}
+        if any(given.get(name, getattr(self.config, name, False)) for name in extras):
             raise UserError(
                 "attentions, router logits and hidden states of remote blocks stay on their servers; "
                 "supported is the last hidden state, or layers[:k] for the state after block k"
@@ -2283,6 +2313,8 @@ class _Base(_Distributed):
             session = layers.active_session.get() or (layers.inference_session() if use_cache else None)
         hidden = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         hidden = self.word_embeddings_layernorm(hidden)
+        if session is not None:
+            session._starts_over(len(hidden))
         past = 0 if session is None else session.position
         left_pad = _left_pad(attention_mask, position_ids, *hidden.shape[:2], past)
         if session is None:
@@ -2345,14 +2377,22 @@ class _CausalLM(_Head):
         if kwargs.get("use_cache") is False:
             return super().generate(inputs, *args, **kwargs)
         session, seen = cache or session or self.remote.active_session.get(), 0
+        embeds = kwargs.get("inputs_embeds")
+        if session is not None and embeds is not None and session.position:
+            raise UserError("inputs_embeds: only a session at position 0 can begin with them; give ids")
         with contextlib.ExitStack() as ours:
             if session is None:
                 session = ours.enter_context(contextlib.closing(self.inference_session()))
             elif cache is None:  # with past_key_values= the inputs are the whole text, as transformers has it
                 inputs, seen = self._resume(session, inputs, kwargs)
             result = super().generate(inputs, *args, past_key_values=session, **kwargs)
+            if not isinstance(result, Tensor):
+                ours.pop_all()  # the result holds the session: it is closed when it is dropped
         sequences = result if isinstance(result, Tensor) else result.sequences
-        self._remember(session, sequences)
+        if inputs is None and embeds is not None:  # stand-ins for the ids of what came as embeddings
+            self._remember(session, F.pad(sequences, (embeds.shape[1], 0)))
+        else:
+            self._remember(session, sequences)
         if isinstance(result, Tensor):
             return result[:, seen:]
         result.sequences = sequences[:, seen:]
@@ -2398,8 +2438,10 @@ class _CausalLM(_Head):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         session, max_cache_length = model_kwargs.get("past_key_values"), args[-1]
         if isinstance(session, InferenceSession) and session.max_length is None:
-            # prompt lookup may look past the end of the text
-            session.max_length = max_cache_length + 1 + (generation_config.prompt_lookup_num_tokens or 0)
+            # prompt lookup may look past the end of the text; an assistant is called again and again
+            ahead = generation_config.prompt_lookup_num_tokens or 0
+            ahead += 2048 if getattr(generation_config, "is_assistant", False) else 0
+            session.max_length = max_cache_length + 1 + ahead
 
 
 _KINDS = {"Model": _Base, "ForCausalLM": _CausalLM, "ForSequenceClassification": _Head}
@@ -3439,6 +3481,7 @@ class Server:
         taken = await announce(self.swarm, self.prefix, self.span, self.info, self.record_seconds)
         self.announced = taken == len(self.span)
         if not self.announced:
+            await self.swarm.rejoin()
             logger.warning("the directory took %d of %d records", taken, len(self.span))
         if self.info.state == ONLINE and not self.prefix.startswith("_"):
             repository = None if os.path.isdir(self.model) else f"https://huggingface.co/{self.model}"
@@ -3623,10 +3666,12 @@ def run_serve(args: argparse.Namespace) -> None:
         server.start(lambda blocks: tqdm(blocks, "loading blocks", unit="block", file=sys.stderr))
         addresses, info = wire().call(server.swarm.addresses()), server.info
         command = f"python {Path(sys.argv[0]).name}" if sys.argv[0].endswith(".py") else "petals-min"
+        same = _pick(args, [_PREFIX, _flag("--revision", "")]).items()
+        same = "".join(f" --{name} {value}" for name, value in same)
         _say(
             f"online: blocks {info.start_block}:{info.end_block} of {server.model} ({info.torch_dtype}, "
             f"{server.device}), {info.throughput:.0f} tokens/s\na second machine joins with:\n"
-            f"    {command} serve {args.model} --initial_peers {' '.join(addresses)}"
+            f"    {command} serve {args.model}{same} --initial_peers {' '.join(addresses)}"
         )
         names = {"model": server.model, "dht_prefix": server.prefix, "peer_id": str(server.swarm.peer_id)}
         blocks = [info.start_block, info.end_block]

@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import fcntl
@@ -1279,6 +1280,43 @@ def test_another_batch_size_starts_the_session_over(llama):
         greedy(llama.model, one, new=3)
         assert greedy(llama.model, two, new=4) == greedy(llama.reference, two, new=4)
         assert session.position == 10 and session.batch_size_ == 2
+
+
+def test_a_step_with_another_batch_size_starts_over_too(llama):
+    """Found by a reader: only `generate` did; a step and a forward pass were refused."""
+    ids = some_ids(2, 7, seed=3)
+    with torch.no_grad(), llama.model.inference_session(max_length=32) as session:
+        llama.model(some_ids(1, 6))
+        torch.testing.assert_close(llama.model(ids).logits, llama.reference(ids).logits, **CLOSE)
+        session.step(torch.randn(3, 2, llama.model.config.hidden_size))
+        assert session.position == 2 and session.batch_size_ == 3
+
+
+def test_a_text_that_began_as_embeddings_goes_on(llama):
+    """Found by a reader: the session took the new tokens for the whole text, and went on from elsewhere."""
+    ids = some_ids(1, 6)
+    embeddings = llama.model.get_input_embeddings()(ids)
+    more = dict(do_sample=False, max_new_tokens=4)
+    with llama.model.inference_session(max_length=32) as session:
+        found = llama.model.generate(inputs_embeds=embeddings, **more).tolist()
+        found = [found[0] + llama.model.generate(None, **more).tolist()[0]]
+        assert found == [greedy(llama.reference, ids, new=8)[0][6:]]
+        with pytest.raises(ValueError, match="position 0"):
+            llama.model.generate(inputs_embeds=embeddings, **more)
+        assert session.position == 13
+
+
+def test_the_cache_that_generate_returns_is_alive(llama):
+    """As transformers' is: one may go on from it, and an assistant does."""
+    ids = some_ids(1, 6)
+    more = dict(do_sample=False, max_new_tokens=4, return_dict_in_generate=True)
+    first = llama.model.generate(ids, **more)
+    cache = first.past_key_values
+    second = llama.model.generate(first.sequences, past_key_values=cache, do_sample=False, max_new_tokens=1)
+    assert cache.position == 10 and second.tolist() == greedy(llama.reference, ids, new=5)
+    assisted = llama.model.generate(ids, do_sample=False, max_new_tokens=12, assistant_model=llama.model)
+    assert assisted.tolist() == greedy(llama.reference, ids, new=12)
+    assert copy.deepcopy(llama.model).remote.router is llama.model.remote.router
 
 
 def test_after_a_beam_search_the_session_starts_over(llama):
@@ -3195,7 +3233,7 @@ def test_a_server_comes_back_empty_under_its_identity(faults, reference):
         thread.join()
     assert ids.tolist() == undisturbed(reference, "greedy")
     resumed = next(at for at in clock.times if at > online[0] - 1)
-    assert resumed - online[0] < 8, f"{resumed - online[0]:.1f} s"
+    assert resumed - online[0] < 15, f"{resumed - online[0]:.1f} s"
     assert "blocks 0:5 " in found[0] and f"…{lost[-6:]}: " in found[0], found
 
 
@@ -3214,6 +3252,22 @@ def test_a_session_dropped_beside_a_frozen_server_leaves_nothing(faults, model):
     until(lambda: len(pm._background) < before, 5, "the tasks' end")
     faults.thaw(frozen)
     until(lambda: faults.free_tokens(swarm) == full, 10, "free pages")
+
+
+def test_a_client_whose_network_was_away_finds_the_swarm_again(faults, model, reference):
+    """hivemind forgets who was silent once: a client that was cut off for a while knew nobody for ever."""
+    router = model.remote.router
+    table = router.swarm.node.protocol.routing_table
+
+    async def forget() -> None:
+        for node in list(table.uid_to_peer_id):
+            del table[node]
+        router.swarm.node.protocol.cache.clear()
+        await router.refresh()
+
+    pm.wire().call(forget())
+    assert generate(model, "greedy", SEEDS["llama"]["greedy"]).tolist() == undisturbed(reference, "greedy")
+    assert table.uid_to_peer_id
 
 
 def test_floods_and_overtaking_pushes(reference, tmp_path):
