@@ -77,7 +77,9 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -241,8 +243,16 @@ def _leave_all_swarms(thread: Wire) -> None:
         farewells = [swarm.leave() for swarm in list(thread.swarms.values())]
         with contextlib.suppress(Exception):
             thread.call(_gather_quietly(*farewells), timeout=3)
+            thread.call(_end_tasks(), timeout=1)
         thread.soon(thread.loop.stop)  # nothing of ours may run while the interpreter is taken apart
         thread.join(1)
+
+
+async def _end_tasks() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await _gather_quietly(*tasks)
 
 
 async def _gather_quietly(*coroutines) -> list:
@@ -3644,11 +3654,26 @@ def _end_on_signals() -> None:
         signal.signal(number, handle)
 
 
+def _check_free(address: str) -> None:
+    """UserError if somebody listens on this TCP port: libp2p would share it, and each connection would reach
+    either peer by chance."""
+    found = re.match(r"/ip4/([\d.]+)/tcp/(\d+)", address)
+    if found and int(found[2]):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
+            try:
+                probe.bind((found[1], int(found[2])))
+            except OSError as error:
+                raise UserError(f"cannot listen on {address}: {error}; choose another --port") from error
+
+
 def _p2p_options(args: argparse.Namespace) -> dict[str, Any]:
     """hivemind's options from Petals' flags."""
     if args.public_ip and not (args.port or args.announce_maddrs):
         raise UserError("--public_ip needs --port: the port under which others reach this machine")
     host = args.host_maddrs or [f"/ip4/0.0.0.0/tcp/{args.port}"]
+    for address in host:
+        _check_free(address)
     announced = [f"/ip4/{args.public_ip}/tcp/{args.port}"] if args.public_ip else None
     announced = args.announce_maddrs or announced
     return {"host_maddrs": host, "announce_maddrs": announced, "identity_path": args.identity_path}
@@ -3667,11 +3692,11 @@ def run_serve(args: argparse.Namespace) -> None:
         addresses, info = wire().call(server.swarm.addresses()), server.info
         command = f"python {Path(sys.argv[0]).name}" if sys.argv[0].endswith(".py") else "petals-min"
         same = _pick(args, [_PREFIX, _flag("--revision", "")]).items()
-        same = "".join(f" --{name} {value}" for name, value in same)
+        same = shlex.quote(args.model) + "".join(f" --{name} {shlex.quote(value)}" for name, value in same)
         _say(
             f"online: blocks {info.start_block}:{info.end_block} of {server.model} ({info.torch_dtype}, "
             f"{server.device}), {info.throughput:.0f} tokens/s\na second machine joins with:\n"
-            f"    {command} serve {args.model}{same} --initial_peers {' '.join(addresses)}"
+            f"    {command} serve {same} --initial_peers {' '.join(addresses)}"
         )
         names = {"model": server.model, "dht_prefix": server.prefix, "peer_id": str(server.swarm.peer_id)}
         blocks = [info.start_block, info.end_block]
