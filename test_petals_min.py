@@ -2362,7 +2362,8 @@ def test_a_server_ends_well_however_it_is_ended(llama, folder):
         assert state_of(swarm, "mortal-hf", 5)[first] == {hello["peer_id"]: pm.ONLINE}
         log = servers[blocks].log.read_text()
         assert (
-            "loading blocks" in log and f"serve {llama.path} --initial_peers /ip4/" in log
+            "loading blocks" in log
+            and f"serve {llama.path} --dht_prefix mortal-hf --initial_peers /ip4/" in log
         )  # how a second machine joins
         assert 2 <= len(servers[blocks].family()) <= 4  # Python, p2pd, perhaps torch's shared-memory manager
     for blocks, server in servers.items():
@@ -3101,6 +3102,7 @@ def disturbed(faults, model, mode: str, place: int, verb: str, alone: bool = Fal
     return ids.tolist(), clock.stall(struck.at)
 
 
+@pytest.mark.faults
 def test_ten_generations_in_chaos_are_those_of_a_quiet_swarm(faults, model, reference):
     """Every mode, a crash, a freeze or a cut: of a random server of the route, at a random token."""
     chance = random.Random(3)
@@ -3117,12 +3119,14 @@ def test_ten_generations_in_chaos_are_those_of_a_quiet_swarm(faults, model, refe
         assert stall < STALL[verb], what
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("also", [[1], [2]])
 def test_several_losses_at_once(faults, model, reference, also):
     ids, stall = disturbed(faults, model, "greedy", 0, "freeze", also=also)
     assert ids == undisturbed(reference, "greedy") and stall < STALL["freeze"]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("moment", ["connect", "replay"])
 def test_a_loss_during_recovery(faults, model, reference, moment, monkeypatch):
     """The replacement freezes, main process alone, as it is opened, or as the history is replayed to it."""
@@ -3153,6 +3157,7 @@ def test_a_loss_during_recovery(faults, model, reference, moment, monkeypatch):
     assert stall < STALL["freeze"]
 
 
+@pytest.mark.faults
 def test_rewinds_and_reorders_then_loss(faults, model):
     """Between steps, when nothing is outstanding: the next step finds them gone and rebuilds what was."""
     random_ = torch.Generator().manual_seed(1)
@@ -3182,6 +3187,7 @@ def test_rewinds_and_reorders_then_loss(faults, model):
         assert time.monotonic() - began < STALL["freeze"]
 
 
+@pytest.mark.faults
 def test_after_a_repair_tokens_come_as_fast_as_before(faults, model):
     """Each server knows who pushes to it now, also where one server stands twice in a row in the chain, and
     where the stream broke between two steps. A push that is not taken costs PUSH_SECONDS."""
@@ -3198,6 +3204,7 @@ def test_after_a_repair_tokens_come_as_fast_as_before(faults, model):
         assert time.monotonic() - began < 20 * pm.PUSH_SECONDS / 4
 
 
+@pytest.mark.faults
 def test_a_server_comes_back_empty_under_its_identity(faults, reference):
     """There is no other one. The client says which blocks, which peers and why where it may not go on; else
     it waits, and finds the server within seconds although its backoff is long."""
@@ -3237,6 +3244,7 @@ def test_a_server_comes_back_empty_under_its_identity(faults, reference):
     assert "blocks 0:5 " in found[0] and f"…{lost[-6:]}: " in found[0], found
 
 
+@pytest.mark.faults
 def test_a_session_dropped_beside_a_frozen_server_leaves_nothing(faults, model):
     """Neither a task nor a socket here, nor a page there once it is awake."""
     swarm = model.remote.router.swarm
@@ -3254,6 +3262,7 @@ def test_a_session_dropped_beside_a_frozen_server_leaves_nothing(faults, model):
     until(lambda: faults.free_tokens(swarm) == full, 10, "free pages")
 
 
+@pytest.mark.faults
 def test_a_client_whose_network_was_away_finds_the_swarm_again(faults, model, reference):
     """hivemind forgets who was silent once: a client that was cut off for a while knew nobody for ever."""
     router = model.remote.router
