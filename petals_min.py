@@ -131,6 +131,7 @@ MAX_UNARY_BYTES = 4 * 2**20 - 2**18  # hivemind's unary calls fail above 4 MiB (
 # Tensors of more than this together go by stream (Petals: half of MAX_UNARY_PAYLOAD_SIZE), in parts of at
 # most hivemind's DEFAULT_MAX_MSG_SIZE.
 STREAM_BYTES, PART_BYTES = 2**20, 4 * 2**20
+MAX_MET = 16  # peers that a node greets again
 OFFLOAD_BYTES = 2**18  # larger payloads are (de)serialized outside the wire thread's loop
 # Seconds, as in Petals: between two steps of a session, and its whole life.
 STEP_TIMEOUT, SESSION_TIMEOUT = 5 * 60.0, 30 * 60.0
@@ -810,6 +811,7 @@ class Swarm:
     def __init__(self, p2p: P2P, node: DHTNode | None = None, dht: hivemind.DHT | None = None):
         self.p2p, self.node, self.dht = p2p, node, dht
         self.bootstrap: list[PeerID] = []  # the initial peers
+        self.met: set[PeerID] = set()  # servers of the last reading of the directory
         _bound_nesting()
         if node is not None:
             node.protocol.serializer = RecordSerializer
@@ -859,6 +861,14 @@ class Swarm:
     async def get(self, keys: Sequence[str], timeout: float = 30) -> dict[str, Any]:
         """Values by key: for a key with subkeys a dict of subkey -> (value, expiration), else the value; None
         where nothing is found in time (a peer's nonsense can make hivemind search for ever)."""
+        entries = await self._search(keys, timeout)
+        missing = [key for key in keys if entries[key] is None]
+        if missing and self.node is not None:
+            await self.rejoin()
+            entries |= await self._search(missing, timeout)
+        return {key: entry.value if entry is not None else None for key, entry in entries.items()}
+
+    async def _search(self, keys: Sequence[str], timeout: float) -> dict[str, Any]:
         if self.node is not None:
             found = await self.node.get_many(keys, math.inf, return_futures=True)
         else:
@@ -867,17 +877,16 @@ class Swarm:
         done, late = await asyncio.wait(found.values(), timeout=timeout)
         for future in late:
             future.cancel()
-        entries = {key: future.result() if future in done else None for key, future in found.items()}
-        if not any(entries.values()):
-            await self.rejoin()
-        return {key: entry.value if entry is not None else None for key, entry in entries.items()}
+        return {key: future.result() if future in done else None for key, future in found.items()}
 
     async def rejoin(self) -> None:
-        """Meet the initial peers again: hivemind forgets a DHT peer that was silent once, so a node whose
-        network was away for seconds knows nobody and would find nothing for ever."""
+        """Meet the initial peers, and others that we met, again. hivemind forgets a DHT peer that was silent
+        once: a node whose network was away for seconds knows nobody, finds nothing and, as it is now the
+        nearest to every key, stores its own records at itself alone."""
         if self.node is not None:
             self.node.blacklist.clear()
-            await _gather_quietly(*map(self.node.protocol.call_ping, self.bootstrap))
+            others = random.sample(sorted(self.met), min(MAX_MET, len(self.met)))
+            await _gather_quietly(*map(self.node.protocol.call_ping, {*self.bootstrap, *others}))
 
     async def store(
         self, keys: Sequence[str], values: Sequence[Any], subkeys: Sequence[str], seconds: float
@@ -1077,6 +1086,8 @@ async def read_directory(swarm: Swarm, prefix: str, count: int) -> list[dict[Pee
             except Exception as error:
                 logger.info("skipping a malformed record of %s by %.60r: %s", uid, name, _first_line(error))
         table.append(servers)
+    met = {peer for servers in table for peer in servers} - {swarm.peer_id}
+    swarm.met = met or swarm.met
     return table
 
 
@@ -3491,7 +3502,6 @@ class Server:
         taken = await announce(self.swarm, self.prefix, self.span, self.info, self.record_seconds)
         self.announced = taken == len(self.span)
         if not self.announced:
-            await self.swarm.rejoin()
             logger.warning("the directory took %d of %d records", taken, len(self.span))
         if self.info.state == ONLINE and not self.prefix.startswith("_"):
             repository = None if os.path.isdir(self.model) else f"https://huggingface.co/{self.model}"
@@ -3508,6 +3518,7 @@ class Server:
         while True:
             await asyncio.sleep(self.update_period if self.announced else min(5.0, self.update_period))
             try:
+                await self.swarm.rejoin()
                 self.info.next_pings = await self._ping_next()
                 await self._announce()
             except Exception:
