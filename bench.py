@@ -64,16 +64,11 @@ def chaos(generations: int = 100, seed: int = 0) -> None:
     chance, reference, stalls, wrong = random.Random(seed), make_model("llama"), {}, 0
     with faulty_swarm(reference, CHAOS_SPANS) as faults:
         model = faults.client()
-        router = model.remote.router
         for number, mode in zip(range(generations), itertools.cycle(MODES), strict=False):
             verb = chance.choice(["crash", "freeze"] + ["cut"] * (faults.net is not None))
             alone, place = chance.random() < 0.5, chance.randrange(4)
             after = chance.randrange(NEW // 3)
-            faults.mend()
-            router.bans.clear()
-            until(
-                lambda: pm.wire().call(router.refresh(max_age=0.2)) or len(router.spans) == len(CHAOS_SPANS)
-            )
+            faults.settle(model)
             ids, stall = disturbed(faults, model, mode, place, verb, alone, after)
             stalls.setdefault(verb, []).append(stall)
             right = ids == undisturbed(reference, mode)

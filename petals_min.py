@@ -104,7 +104,7 @@ import hivemind.utils.tensor_descr as tensor_descr  # noqa: E402
 import transformers  # noqa: E402
 import uvloop  # noqa: E402
 from hivemind.compression import deserialize_torch_tensor, serialize_torch_tensor  # noqa: E402
-from hivemind.dht.node import DHTNode  # noqa: E402
+from hivemind.dht.node import DHTID, DHTNode  # noqa: E402
 from hivemind.p2p import P2P, P2PContext, P2PHandlerError, PeerID, ServicerBase  # noqa: E402
 from hivemind.proto import dht_pb2, runtime_pb2  # noqa: E402
 from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID  # noqa: E402
@@ -131,6 +131,7 @@ MAX_UNARY_BYTES = 4 * 2**20 - 2**18  # hivemind's unary calls fail above 4 MiB (
 # Tensors of more than this together go by stream (Petals: half of MAX_UNARY_PAYLOAD_SIZE), in parts of at
 # most hivemind's DEFAULT_MAX_MSG_SIZE.
 STREAM_BYTES, PART_BYTES = 2**20, 4 * 2**20
+KEEPALIVE_SECONDS = 45  # after which libp2p has noticed that a connection is dead
 MAX_MET = 16  # peers that a node greets again
 OFFLOAD_BYTES = 2**18  # larger payloads are (de)serialized outside the wire thread's loop
 # Seconds, as in Petals: between two steps of a session, and its whole life.
@@ -823,14 +824,41 @@ class Swarm:
         answers."""
         for address in initial_peers:
             check_multiaddr(address, "--initial_peers", peer=True)
-        peers = list(initial_peers)
+        options |= {"num_workers": 32, "startup_timeout": 30, "ensure_bootstrap_success": False}
         try:
-            node = await DHTNode.create(initial_peers=peers, num_workers=32, startup_timeout=30, **options)
+            node = await DHTNode.create(initial_peers=list(initial_peers), **options)
         except Exception as error:
-            raise _explain_join(error, initial_peers, options) from error
+            raise _explain_join(error, options) from error
         swarm = cls(node.p2p, node)
         swarm.bootstrap = [PeerID.from_base58(Multiaddr(address)["p2p"]) for address in initial_peers]
+        try:
+            await swarm._be_known(initial_peers)
+        except BaseException:
+            await swarm.leave()
+            raise
         return swarm
+
+    async def _be_known(self, initial_peers: Sequence[str]) -> None:
+        """Return when an initial peer has called us back. To a peer that crashed and is back, libp2p first
+        uses the dead connection, until its keepalive fails: 30 s, and 10 s for the write (yamux)."""
+        deadline = time.monotonic() + KEEPALIVE_SECONDS
+        while self.bootstrap:
+            greetings = (self.node.protocol.call_ping(peer, validate=True) for peer in self.bootstrap)
+            greetings = await _gather_quietly(*greetings)
+            if any(isinstance(greeting, DHTID) for greeting in greetings):
+                await self.node.find_nearest_nodes([self.node.node_id])
+                return
+            trips = await asyncio.gather(*map(self.ping, self.bootstrap))
+            if min(trips) == math.inf:
+                raise UserError(
+                    f"none of the initial peers answers ({', '.join(initial_peers)}): check the addresses, "
+                    "and that the peer runs and is reachable from here"
+                )
+            refused = next((greeting for greeting in greetings if greeting is not None), None)
+            if time.monotonic() > deadline or "local time" in str(refused):
+                raise UserError(
+                    f"the initial peers do not accept this one: {refused or 'they cannot call it'}"
+                )
 
     @classmethod
     async def borrow(cls, dht: hivemind.DHT) -> Swarm:
@@ -937,13 +965,8 @@ def check_multiaddr(address: str, flag: str, peer: bool = False) -> None:
         raise UserError(text) from error
 
 
-def _explain_join(error: Exception, initial_peers: Sequence[str], options: dict) -> PetalsError:
+def _explain_join(error: Exception, options: dict) -> PetalsError:
     text = _first_line(error)
-    if "bootstrap" in text.lower() or "ping" in text.lower():
-        return UserError(
-            f"none of the initial peers answers ({', '.join(initial_peers)}): check the addresses, and that "
-            "the peer runs and is reachable from here"
-        )
     if "address already in use" in text or "failed to listen" in text:
         return UserError(
             f"cannot listen on {', '.join(options.get('host_maddrs', []))}: {text}; choose another --port"

@@ -36,6 +36,7 @@ import inspect
 import itertools
 import json
 import lzma
+import math
 import os
 import random
 import re
@@ -2982,30 +2983,31 @@ class Faults:
     @contextlib.contextmanager
     def aim(self, session, place: int, verb: str, alone: bool = False, when=lambda: True, also=()):
         """Meanwhile, once `when()`, do `verb` to the server at this place of the session's route (and at the
-        places `also`) while it owes an answer: it is stopped first, and goes on if the answer was under
-        way. Yields what will hold `.host` and `.at`; asserts that it came to that."""
-        struck, over = SimpleNamespace(host=None, at=0.0, tries=0), threading.Event()
+        places `also`) while it owes an answer: it is stopped first, and struck when it owes one that is not
+        under way. Yields what will hold `.host` and `.at`; asserts that it came to that."""
+        struck, over = SimpleNamespace(host=None, at=0.0), threading.Event()
 
         def owed():
+            """The host at this place and the last answer that it owes, or None."""
             with contextlib.suppress(
                 RuntimeError, ZeroDivisionError
             ):  # the wire thread changes these meanwhile
                 hop = (hops := hops_of(session))[place % len(hops)]
                 answers = [answer for answer in hop.answers.values() if not answer.done()]
-                host = hop.span and self.host_of.get(hop.span.name)
-                return (host, answers[-1]) if host and answers else None
+                return hop.span and self.host_of.get(hop.span.name), answers[-1] if answers else None
+            return None, None
 
         def strike() -> None:
+            stopped = None
             while not over.is_set():
-                target = owed() if when() else None
-                if target is None:
-                    time.sleep(0.0002)
-                    continue
-                (host, answer), struck.tries = target, struck.tries + 1
-                self.freeze(host, alone)
-                time.sleep(SETTLE)
-                if answer.done():
-                    self.thaw(host, alone)
+                host, answer = owed() if when() else (None, None)
+                if stopped not in (None, host):
+                    self.thaw(stopped, alone)
+                if host and host != stopped:
+                    self.freeze(host, alone)
+                stopped = host
+                time.sleep(SETTLE if answer else 0.0002)
+                if host is None or answer is None or answer.done():
                     continue
                 struck.at, struck.host = time.monotonic(), host
                 for each in [host, *(self.host_of[hops_of(session)[place].span.name] for place in also)]:
@@ -3013,6 +3015,8 @@ class Faults:
                 if verb == "cut":
                     self.thaw(host, alone)
                 return
+            if stopped is not None:
+                self.thaw(stopped, alone)
 
         thread = threading.Thread(target=strike)
         thread.start()
@@ -3021,7 +3025,7 @@ class Faults:
         finally:
             over.set()
             thread.join()
-        assert struck.host is not None, f"no step was outstanding at place {place} ({struck.tries} tries)"
+        assert struck.host is not None, f"no step was outstanding at place {place}"
 
     def mend(self) -> None:
         """Undo whatever was done; all servers are online afterwards."""
@@ -3034,6 +3038,26 @@ class Faults:
             else:
                 self.start(host)
         self.whole()
+
+    def settle(self, model) -> None:
+        """Undo whatever was done and wait until the client holds nothing against anyone: it reaches every
+        server (over what was cut, TCP sends again only after as long as the cut lasted) and finds all of them
+        in the directory."""
+        self.mend()
+        router = model.remote.router
+        hosts = {pm.PeerID.from_base58(peer): host for peer, host in self.host_of.items()}
+
+        async def silent() -> list[str]:
+            trips = await asyncio.gather(*map(router.swarm.ping, hosts))
+            return [host for host, trip in zip(hosts.values(), trips, strict=True) if trip == math.inf]
+
+        deadline = time.monotonic() + PATIENCE
+        while away := pm.wire().call(silent()):
+            assert time.monotonic() < deadline, f"the client cannot reach {away}"
+            time.sleep(0.2)
+        router.bans.clear()
+        router.silent.clear()
+        until(lambda: pm.wire().call(router.refresh(max_age=0.2)) or len(router.spans) == len(self.hosts))
 
 
 __all__ = ["Clock", "Faults", "hops_of", "until"]
@@ -3075,10 +3099,7 @@ def shared_model(faults):
 @pytest.fixture
 def model(faults, shared_model):
     """All servers are well and the client holds nothing against them."""
-    faults.mend()
-    router = shared_model.remote.router
-    router.bans.clear()
-    until(lambda: pm.wire().call(router.refresh(max_age=0.2)) or len(router.spans) == len(CHAOS_SPANS))
+    faults.settle(shared_model)
     return shared_model
 
 
@@ -3111,7 +3132,7 @@ def test_ten_generations_in_chaos_are_those_of_a_quiet_swarm(faults, model, refe
         if verb == "cut" and faults.net is None:
             continue
         alone, place, after = chance.random() < 0.5, chance.randrange(4), chance.randrange(NEW // 3)
-        faults.mend()
+        faults.settle(model)
         ids, stall = disturbed(faults, model, mode, place, verb, alone, after)
         what = f"{number}: {mode}, {verb} at {place} after {after}, {alone=}, stall {stall:.2f} s"
         print(what)
