@@ -2795,7 +2795,7 @@ class Work:
     start: int = 0  # of a step, as are these
     hypo_ids: Sequence[int] = ()
     # the executor's own
-    future: asyncio.Future | None = None
+    future: asyncio.Future = field(default_factory=asyncio.Future)  # of the result; wire thread
     done: int = 0  # tokens of each row already computed
     output: Tensor | None = None  # [B, T, H], CPU, zeros where there was padding
 
@@ -2833,7 +2833,6 @@ class Executor(threading.Thread):
 
     def submit(self, work: Work) -> asyncio.Future:
         """The future of the work's result, or of what the model raised on it. Wire thread."""
-        work.future = asyncio.get_running_loop().create_future()
         with self._news:
             if self._stopping:
                 raise PetalsError("the server is shutting down")
@@ -3023,26 +3022,22 @@ MAX_REQUEST_TOKENS = 2**16  # of a forward or backward request
 REQUEST_TIMEOUT = 3 * 60.0  # seconds in which a streamed request must be here, as in Petals
 
 Requests, Responses = AsyncIterator[ExpertRequest], AsyncIterator[ExpertResponse]
-_METADATA_CHECKS = {  # what a request may say, and what it must be; all of it may be absent
-    "session_id": (_text, "a line of text"),
-    "step_id": (_text, "a line of text"),
-    "push_from": (_text, "a peer id"),
-    "active_adapter": (lambda value: not value, "None, for this server has no adapters"),
-    "points": (_number, "a number"),
-    "max_length": (_count, "a number of tokens"),
-    "alloc_timeout": (_number, "a number of seconds"),
-    "start_from_position": (_count, "a position"),
-    "left_pad": (lambda value: _listed(value) and all(map(_count, value)), "a list of counts"),
-    "output_compression": (_listed, "a compression for each tensor"),
-    "next_servers": (_listed, "a list of servers"),
-}
+_METADATA_CHECKS = (  # what a request may say, and what it must be; all of it may be absent
+    ("session_id step_id push_from", _text, "a line of text"),
+    ("points alloc_timeout", _number, "a number, 0 or more"),
+    ("max_length start_from_position", _count, "a count of tokens"),
+    ("output_compression next_servers", _listed, "a list"),
+    ("left_pad", lambda value: _listed(value) and all(map(_count, value)), "a list of counts"),
+    ("active_adapter", lambda value: not value, "None, for this server has no adapters"),
+)
 
 
 def checked_metadata(request: ExpertRequest) -> dict:
     """A request's metadata without what is None; ValueError names what is not as it must be."""
     metadata = {key: value for key, value in unpack_metadata(request).items() if value is not None}
-    for key, (check, wanted) in _METADATA_CHECKS.items():
-        expect(key not in metadata or check(metadata[key]), f"{key} to be {wanted}", metadata.get(key))
+    for keys, check, wanted in _METADATA_CHECKS:
+        for key in keys.split():
+            expect(key not in metadata or check(metadata[key]), f"{key} to be {wanted}", metadata.get(key))
     return metadata
 
 
@@ -3152,18 +3147,14 @@ class TransformerConnectionHandler(ServicerBase):
         fits = fits and prompts.shape in [(count, each, prompts.shape[2], size) for each in (1, rows)]
         wanted = f"prompts: floats [{count}, 1 or {rows}, at most {tokens}, {size}]"
         expect(fits, wanted, (list(prompts.shape), prompts.dtype))
+        pads = metadata.get("left_pad", ())
+        expect(len(pads) in (0, rows), f"left_pad of {rows} rows", pads)
         return *tensors[:states], prompts, hypo_ids
 
     @staticmethod
-    def _pads(metadata: dict, rows: int) -> Sequence[int]:
-        pads = metadata.get("left_pad", ())
-        expect(len(pads) in (0, rows), f"left_pad of {rows} rows", pads)
-        return pads
-
-    @staticmethod
     async def _response(outputs: Sequence[Tensor], metadata: dict) -> ExpertResponse:
-        kinds, known = metadata.get("output_compression"), runtime_pb2.CompressionType.values()
-        kinds = (runtime_pb2.NONE,) * len(outputs) if kinds is None else kinds
+        known = runtime_pb2.CompressionType.values()
+        kinds = metadata.get("output_compression", [runtime_pb2.NONE] * len(outputs))
         fit = len(kinds) == len(outputs) and all(kind in known for kind in kinds)
         expect(fit, f"output_compression of {len(outputs)} of {known}", kinds)
         size = sum(tensor.nbytes for tensor in outputs)
@@ -3172,14 +3163,9 @@ class TransformerConnectionHandler(ServicerBase):
     # ---- RPCs: information, forward and backward
 
     async def rpc_info(self, request: ExpertUID, context: P2PContext) -> ExpertInfo:
-        info: dict[str, Any] = {
-            "version": __version__,
-            "dht_client_mode": False,
-            "cache_tokens_available": self.pool.tokens_left * len(self.server.span),
-            "features": list(self.server.features),
-            "executor_passes": self.executor.passes,
-            "executor_steps": self.executor.steps,
-        }
+        info: dict[str, Any] = {"version": __version__, "dht_client_mode": False, "features": [*FEATURES]}
+        info["cache_tokens_available"] = self.pool.tokens_left * len(self.server.span)
+        info |= {"executor_passes": self.executor.passes, "executor_steps": self.executor.steps}
         if request.uid:
             self._blocks(request.uid)
             describe, size = tensor_descr.BatchTensorDescriptor, self.executor.hidden_size
@@ -3197,7 +3183,7 @@ class TransformerConnectionHandler(ServicerBase):
         hidden, *grad, prompts, _ = await self._inputs(request, metadata, blocks, 1 + backward)
         tokens = hidden.shape[:2].numel()
         expect(1 <= tokens <= MAX_REQUEST_TOKENS, f"1 to {MAX_REQUEST_TOKENS} tokens", tokens)
-        work = Work(blocks, hidden, prompts, *grad, left_pad=self._pads(metadata, len(hidden)))
+        work = Work(blocks, hidden, prompts, *grad, left_pad=metadata.get("left_pad", ()))
         return await self._response(await self.executor.submit(work), metadata)
 
     async def rpc_forward_stream(self, requests: Requests, context: P2PContext) -> Responses:
@@ -3226,13 +3212,12 @@ class TransformerConnectionHandler(ServicerBase):
         length, patience = metadata.get("max_length", math.inf), metadata.get("alloc_timeout", 0.0)
         expect(length <= most, f"max_length, of {most} tokens or fewer", length)
         hidden, *_ = await self._inputs(request, metadata, blocks)
-        rows, pads = len(hidden), self._pads(metadata, len(hidden))
-        session = ServerSession(requests, blocks, rows, metadata)
+        session = ServerSession(requests, blocks, len(hidden), metadata)
         expect(session.id not in self.sessions, "a session_id of its own", session.id)
         self.sessions[session.id] = session
         try:
-            pages = await self.pool.take(rows, length, min(patience, STEP_TIMEOUT))
-            session.tables = RowTables(self.pool, pages, pads)
+            pages = await self.pool.take(session.rows, length, min(patience, STEP_TIMEOUT))
+            session.tables = RowTables(self.pool, pages, metadata.get("left_pad", ()))
             while step is not None:
                 if session.is_new(step[1].get("step_id")):
                     yield await self._infer(session, *step)
@@ -3278,25 +3263,21 @@ class TransformerConnectionHandler(ServicerBase):
     async def _push(self, output: runtime_pb2.Tensor, order: list[int], metadata: dict) -> None:
         """Hand a step's output to the next server of its session. Should that fail, the client sends it
         itself."""
+        (name, session_id, start, end), *rest = metadata["next_servers"]
+        total, swarm = self.server.total, self.server.swarm
+        fits = _text(name) and _count(start) and _count(end) and start < end <= total
+        expect(fits and len(rest) < total, "next_servers with blocks of the model", (name, start, end))
         dropped = ("push_from", "output_compression", "max_length", "alloc_timeout", "left_pad")
         passed = {key: value for key, value in metadata.items() if key not in dropped}
-        try:
-            (name, session_id, start, end), *rest = metadata["next_servers"]
-            total = self.server.total
-            fits = _text(name) and _count(start) and _count(end) and start < end <= total
-            expect(fits and len(rest) < total, "next_servers with blocks of the model", (name, start, end))
-            passed |= {"session_id": session_id, "next_servers": rest, "pushed": True}
-            uid = " ".join(block_uids(self.server.prefix, start, end))
-            ids = torch.tensor(order, dtype=torch.int64)
-            request = pack_request(uid, [NOTHING, NOTHING, ids], passed)
-            request.tensors[0].CopyFrom(output)
-            peer = PeerID.from_base58(name)
-            if peer == self.server.swarm.peer_id:  # libp2p does not call itself
-                await self.rpc_push(request, P2PContext("rpc_push", peer, peer))
-            else:
-                await call(self.server.swarm.p2p, peer, "rpc_push", request, ExpertResponse, 30)
-        except Exception as error:
-            logger.info("a push to the next server failed: %s", _first_line(error))
+        passed |= {"session_id": session_id, "next_servers": rest, "pushed": True}
+        uid = " ".join(block_uids(self.server.prefix, start, end))
+        request = pack_request(uid, [NOTHING, NOTHING, torch.tensor(order, dtype=torch.int64)], passed)
+        request.tensors[0].CopyFrom(output)
+        peer = PeerID.from_base58(name)
+        if peer == swarm.peer_id:  # libp2p does not call itself
+            await self.rpc_push(request, P2PContext("rpc_push", peer, peer))
+        else:
+            await call(swarm.p2p, peer, "rpc_push", request, ExpertResponse, 30)
 
 
 # ============================================================================================================
@@ -3327,7 +3308,6 @@ class Server:
     throughput: float | str = "auto"  # tokens/s to announce; "auto": measured
     update_period: float = 120.0  # seconds between announcements
     public_name: str | None = None
-    features: Sequence[str] = FEATURES
     hub: dict[str, Any] = field(default_factory=dict)  # token, revision, cache_dir
 
     def __post_init__(self):
@@ -3336,6 +3316,7 @@ class Server:
         self.config = load_config(self.model, {**named, **self.hub})
         self.prefix, self.total = self.config.dht_prefix, self.config.num_hidden_layers
         first, end = self.block_indices or (0, self.num_blocks or self.total)
+        self.span = range(first, end)
         if not 0 <= first < end <= self.total:
             raise UserError(f"blocks {first}:{end}: {self.model!r} has {self.total} blocks, 0:{self.total}")
         self.checkpoint = Checkpoint(self.model, **self.hub)
@@ -3348,18 +3329,19 @@ class Server:
         spec = family_of(self.config).spec(self.config, 0)
         default_length = 8192 if spec.kv_heads < spec.heads else 2048  # Petals' rule
         self.max_length = self.inference_max_length or min(default_length, self.attn_cache_tokens)
-        self.record_seconds = max(2 * self.update_period, 3.0)  # how long a record in the directory lives
         self.swarm = self.info = self.executor = self._announcing = None  # until `start`
 
     def start(self, progress: Callable[[Iterable], Iterable] = lambda blocks: blocks) -> None:
         network = {name: getattr(self, name) for name in ("host_maddrs", "announce_maddrs", "identity_path")}
         self.swarm = wire().call(Swarm.join(self.initial_peers, **network))
         try:
-            self.span = wire().call(self._choose())
+            if self.block_indices is None:
+                table = wire().call(read_directory(self.swarm, self.prefix, self.total))
+                self.span = worst_blocks(table, len(self.span))
             first, last = self.span.start, self.span.stop
             self.info = info = ServerInfo(JOINING, 0.0, first, last, self.public_name, __version__)
             info.torch_dtype, info.quant_type = str(self.dtype).removeprefix("torch."), "none"
-            info.using_relay, info.max_length, info.features = False, self.max_length, tuple(self.features)
+            info.using_relay, info.max_length, info.features = False, self.max_length, FEATURES
             wire().call(self._announce())
             blocks = {}
             for index in progress(self.span):
@@ -3380,15 +3362,9 @@ class Server:
 
     def stop(self) -> None:
         """Announce offline, end what is under way, leave the swarm. May be called twice."""
-        swarm, self.swarm = self.swarm, None
-        if swarm is not None:
-            wire().call(self._go_offline(swarm))
-
-    async def _choose(self) -> range:
-        if self.block_indices is not None:
-            return range(*self.block_indices)
-        table = await read_directory(self.swarm, self.prefix, self.total)
-        return worst_blocks(table, self.num_blocks or self.total)
+        if self.swarm is not None:
+            wire().call(self._go_offline())
+            self.swarm = None
 
     def _measure(self) -> None:
         """Fill in the rates of the directory record, in tokens/s for one block: given, or timed on the first
@@ -3415,16 +3391,17 @@ class Server:
 
     async def _announce(self) -> None:
         online = self.info.state == ONLINE
+        seconds = max(2 * self.update_period, 3.0)  # how long a record lives
         if online:
             self.info.cache_tokens_left = 2 * self.pool.tokens_left * len(self.span)
-        taken = await announce(self.swarm, self.prefix, self.span, self.info, self.record_seconds)
+        taken = await announce(self.swarm, self.prefix, self.span, self.info, seconds)
         self.announced = taken == len(self.span)
         if not self.announced:
             logger.warning("the directory took %d of %d records", taken, len(self.span))
         if online and not self.prefix.startswith("_"):
             repository = None if os.path.isdir(self.model) else f"https://huggingface.co/{self.model}"
             record = {"num_blocks": self.total, "repository": repository}
-            await self.swarm.store(["_petals.models"], [record], [self.prefix], self.record_seconds)
+            await self.swarm.store(["_petals.models"], [record], [self.prefix], seconds)
 
     async def _keep_announcing(self) -> None:
         while True:
@@ -3444,16 +3421,15 @@ class Server:
         times = await asyncio.gather(*map(self.swarm.ping, some))
         return {str(peer): seconds for peer, seconds in zip(some, times, strict=True) if seconds < math.inf}
 
-    async def _go_offline(self, swarm: Swarm) -> None:
+    async def _go_offline(self) -> None:
         if self._announcing is not None:
             self._announcing.cancel()
         if self.info is not None:
             self.info.state, self.info.next_pings = OFFLINE, None
-            farewell = announce(swarm, self.prefix, self.span, self.info, self.record_seconds)
-            await _gather_quietly(asyncio.wait_for(farewell, 2.5))
+            await _gather_quietly(asyncio.wait_for(self._announce(), 2.5))
         if self.executor is not None:
             self.executor.stop()
-        await _gather_quietly(asyncio.wait_for(swarm.leave(), 1))
+        await _gather_quietly(asyncio.wait_for(self.swarm.leave(), 1))
 
 
 # ============================================================================================================
