@@ -2804,14 +2804,10 @@ class Work:
         return self.hidden.shape[1] - self.done
 
     def settle(self, result: Any) -> None:
-        """Hand the result or an exception to whoever waits in the wire thread. Any thread."""
-
-        def tell() -> None:
-            if not self.future.done():
-                failed = isinstance(result, BaseException)
-                (self.future.set_exception if failed else self.future.set_result)(result)
-
-        wire().soon(tell)
+        """Hand the result or an exception to whoever still waits for it. Wire thread."""
+        if not self.future.done():
+            failed = isinstance(result, BaseException)
+            (self.future.set_exception if failed else self.future.set_result)(result)
 
 
 class Executor(threading.Thread):
@@ -2860,7 +2856,7 @@ class Executor(threading.Thread):
             slow += [(work, self._pass_through(work)) for work in fresh if work.tables is None]
             if self._stopping:
                 for work in (*steps, *(work for work, _ in slow)):
-                    work.settle(PetalsError("the server is shutting down"))
+                    wire().soon(work.settle, PetalsError("the server is shutting down"))
                 return
             steps = self._turn(steps) if steps else []
             if slow and self._advance(*slow[0]):
@@ -2875,12 +2871,12 @@ class Executor(threading.Thread):
             if len(steps) > 1:  # find out whose fault it is: each alone
                 return [work for step in steps for work in self._turn([step])]
             logger.warning("a step failed", exc_info=True)
-            steps[0].settle(error)
+            wire().soon(steps[0].settle, error)
             return []
         for work in steps:
             if not work.left:
                 self.steps += 1
-                work.settle(work.output)
+                wire().soon(work.settle, work.output)
         return [work for work in steps if work.left]
 
     def _run_pass(self, steps: list[Work]) -> None:
@@ -2932,7 +2928,7 @@ class Executor(threading.Thread):
             logger.warning("a request failed", exc_info=True)
             result = error
         if result is not None:
-            work.settle(result)
+            wire().soon(work.settle, result)
         return result is not None
 
     def without_cache(self, rows: int, tokens: int, left_pad: Sequence[int] = ()) -> Callable:
@@ -3115,19 +3111,18 @@ class TransformerConnectionHandler(ServicerBase):
 
     def __init__(self, server: Server):
         self.server, self.executor, self.pool = server, server.executor, server.pool
-        uids = block_uids(server.prefix, server.span.start, server.span.stop)
-        self.uids = dict(zip(uids, server.span, strict=True))
+        self.uids = block_uids(server.prefix, server.span.start, server.span.stop)
         self.sessions: dict[str, ServerSession] = {}
 
     # ---- checks: everything a stranger sends passes here
 
     def _blocks(self, uid: str) -> range:
         """A request's blocks."""
-        found, span = [self.uids.get(name) for name in uid.split(" ")], self.server.span
-        blocks = range(found[0] or 0, (found[0] or 0) + len(found))
-        served = f"consecutive blocks of {self.server.prefix}.{span.start} to .{span.stop - 1}"
-        expect(found == list(blocks), served, uid)
-        return blocks
+        names = uid.split(" ")
+        at = self.uids.index(names[0]) if names[0] in self.uids else 0
+        served = f"consecutive blocks of {self.uids[0]} to {self.uids[-1]}"
+        expect(self.uids[at : at + len(names)] == names, served, uid)
+        return self.server.span[at : at + len(names)]
 
     async def _inputs(self, request: ExpertRequest, metadata: dict, blocks: range, states: int = 1) -> tuple:
         """A request's tensors: as many as `states` says of hidden states and their gradient [B, T, H]; deep
@@ -3373,8 +3368,7 @@ class Server:
         if self.throughput != "auto":
             info.throughput = float(self.throughput)
             return
-        rates = []
-        for tokens in (1, 128):
+        for rate, tokens in (("inference_rps", 1), ("forward_rps", 128)):
             x = torch.randn(1, tokens, hidden).to(self.device, self.dtype)
             run, count = self.executor.without_cache(1, tokens), 0
             with torch.inference_mode():
@@ -3383,8 +3377,7 @@ class Server:
                 while time.perf_counter() - began < 0.1:
                     run(self.span.start, x).sum().item()  # waits for the device
                     count += 1
-            rates.append(tokens * count / (time.perf_counter() - began))
-        info.inference_rps, info.forward_rps = rates
+            setattr(info, rate, tokens * count / (time.perf_counter() - began))
         info.network_rps = ASSUMED_BITS_PER_SECOND / (16 * hidden)
         average_span = (len(self.span) + 1) / 2  # Petals' rule: what a request uses of a server
         info.throughput = min(info.forward_rps / average_span, info.network_rps)
