@@ -3344,7 +3344,7 @@ class Server:
             specs = {index: block.spec for index, block in blocks.items()}
             self.pool = PagePool(specs, self.attn_cache_tokens, self.dtype, self.device)
             self.executor = Executor(blocks, self.config, self.pool)
-            self._measure()
+            info.throughput = self._measure() if self.throughput == "auto" else float(self.throughput)
             self.executor.start()
             self.handler = TransformerConnectionHandler(self)
             wire().call(self.handler.add_p2p_handlers(self.swarm.p2p))
@@ -3361,13 +3361,10 @@ class Server:
             wire().call(self._go_offline())
             self.swarm = None
 
-    def _measure(self) -> None:
-        """Fill in the rates of the directory record, in tokens/s for one block: given, or timed on the first
-        block."""
+    def _measure(self) -> float:
+        """The throughput to announce, from the rates of the directory record, which are filled in: tokens/s
+        for one block, timed on the first one."""
         info, hidden = self.info, self.config.hidden_size
-        if self.throughput != "auto":
-            info.throughput = float(self.throughput)
-            return
         for rate, tokens in (("inference_rps", 1), ("forward_rps", 128)):
             x = torch.randn(1, tokens, hidden).to(self.device, self.dtype)
             run, count = self.executor.without_cache(1, tokens), 0
@@ -3380,7 +3377,7 @@ class Server:
             setattr(info, rate, tokens * count / (time.perf_counter() - began))
         info.network_rps = ASSUMED_BITS_PER_SECOND / (16 * hidden)
         average_span = (len(self.span) + 1) / 2  # Petals' rule: what a request uses of a server
-        info.throughput = min(info.forward_rps / average_span, info.network_rps)
+        return min(info.forward_rps / average_span, info.network_rps)
 
     async def _announce(self) -> None:
         online = self.info.state == ONLINE
