@@ -88,7 +88,7 @@ import time
 import uuid
 import weakref
 import zipfile
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -2809,23 +2809,28 @@ ALONE_TOKENS = 1024  # and when one is alone
 class Work:
     """One request for the executor: a session's step (`tables` given), a forward or a backward pass."""
 
-    first: int
-    last: int
+    blocks: range
     hidden: Tensor  # [B, T, H], any floating dtype, CPU
-    prompts: Tensor | None = None  # [last - first, B or 1, P, H]
-    hypo_ids: list[int] | None = None
-    tables: RowTables | None = None
-    start: int = 0
-    left_pad: Sequence[int] = ()
+    prompts: Tensor  # [blocks, B or 1, P, H], P may be 0
     grad: Tensor | None = None  # [B, T, H]: of the output, for a backward pass
+    left_pad: Sequence[int] = ()  # of a forward or backward pass
+    tables: RowTables | None = None
+    start: int = 0  # of a step, as are these
+    hypo_ids: Sequence[int] = ()
     # the executor's own
-    future: asyncio.Future | None = None
+    future: asyncio.Future = field(default_factory=asyncio.Future)  # of the result; wire thread
     done: int = 0  # tokens of each row already computed
-    outputs: list[Tensor] = field(default_factory=list)  # [B, portion, H] each
+    output: Tensor | None = None  # [B, T, H], CPU, zeros where there was padding
 
     @property
     def left(self) -> int:
         return self.hidden.shape[1] - self.done
+
+    def settle(self, result: Any) -> None:
+        """Hand the result or an exception to whoever still waits for it. Wire thread."""
+        if not self.future.done():
+            failed = isinstance(result, BaseException)
+            (self.future.set_exception if failed else self.future.set_result)(result)
 
 
 class Executor(threading.Thread):
@@ -2834,26 +2839,19 @@ class Executor(threading.Thread):
     Between passes one block of a forward or backward request is computed, so that these go on without holding
     a token up for long."""
 
-    def __init__(
-        self, blocks: dict[int, Block], config: PretrainedConfig, pool: PagePool, dtype: torch.dtype
-    ):
+    def __init__(self, blocks: dict[int, Block], config: PretrainedConfig, pool: PagePool):
         super().__init__(name="petals-executor", daemon=True)
-        any_block = next(iter(blocks.values()))
-        self.blocks, self.pool, self.dtype, self.device = blocks, pool, dtype, any_block.device
-        self.rotary = positions.Rotary(
-            config if any_block.spec.rotary else None, any_block.spec.head_dim, self.device
-        )
-        self.hidden_size = config.hidden_size
-        self.passes = self.steps = self.rows = (
-            0  # for status and tests: passes, finished steps, rows in all passes
-        )
-        self._inbox: deque[Work] = deque()
+        self.blocks, self.pool, self.hidden_size = blocks, pool, config.hidden_size
+        spec, keys = next(iter(blocks.values())).spec, next(iter(pool.k.values()))
+        self.dtype, self.device = keys.dtype, keys.device
+        self.rotary = positions.Rotary(config if spec.rotary else None, spec.head_dim, self.device)
+        self.passes = self.steps = 0  # for status and tests: passes, finished steps
+        self._inbox: list[Work] = []
         self._news = threading.Condition()
         self._stopping = False
 
     def submit(self, work: Work) -> asyncio.Future:
         """The future of the work's result, or of what the model raised on it. Wire thread."""
-        work.future = asyncio.get_running_loop().create_future()
         with self._news:
             if self._stopping:
                 raise PetalsError("the server is shutting down")
@@ -2871,33 +2869,21 @@ class Executor(threading.Thread):
 
     def run(self) -> None:
         steps: list[Work] = []
-        slow: deque[tuple[Work, Any]] = deque()  # forward and backward passes under way, as generators
+        slow: deque[tuple[Work, Iterator]] = deque()  # forward and backward passes under way
         while True:
             with self._news:
                 while not (self._inbox or steps or slow or self._stopping):
                     self._news.wait()
-                fresh, self._inbox = list(self._inbox), deque()
-            if self._stopping:
-                lost = PetalsError("the server is shutting down")
-                return self._settle([(work, lost) for work in (*fresh, *steps, *(work for work, _ in slow))])
+                fresh, self._inbox = self._inbox, []
             steps += [work for work in fresh if work.tables is not None]
             slow += [(work, self._pass_through(work)) for work in fresh if work.tables is None]
-            if steps:
-                steps = self._turn(steps)
-            if slow:
-                self._advance(slow)
-
-    def _settle(self, results: list[tuple[Work, Any]]) -> None:
-        """Hand results or exceptions to those who wait in the wire thread."""
-
-        def settle() -> None:
-            for work, result in results:
-                if not work.future.done():
-                    failed = isinstance(result, BaseException)
-                    (work.future.set_exception if failed else work.future.set_result)(result)
-
-        if results:
-            wire().soon(settle)
+            if self._stopping:
+                for work in (*steps, *(work for work, _ in slow)):
+                    wire().soon(work.settle, PetalsError("the server is shutting down"))
+                return
+            steps = self._turn(steps) if steps else []
+            if slow and self._advance(*slow[0]):
+                slow.popleft()
 
     def _turn(self, steps: list[Work]) -> list[Work]:
         """One pass; returns the steps that are not finished."""
@@ -2908,89 +2894,69 @@ class Executor(threading.Thread):
             if len(steps) > 1:  # find out whose fault it is: each alone
                 return [work for step in steps for work in self._turn([step])]
             logger.warning("a step failed", exc_info=True)
-            self._settle([(steps[0], error)])
+            wire().soon(steps[0].settle, error)
             return []
-        finished = [work for work in steps if not work.left]
-        self.steps += len(finished)
-        self._settle(
-            [(w, w.outputs[0] if len(w.outputs) == 1 else torch.cat(w.outputs, 1)) for w in finished]
-        )
+        for work in steps:
+            if not work.left:
+                self.steps += 1
+                wire().soon(work.settle, work.output)
         return [work for work in steps if work.left]
 
-    def _portions(self, steps: list[Work]) -> dict[Work, int]:
-        """How many tokens of each row every step gets in this pass: small steps all they need, large ones the
-        rest."""
-        budget, portions = ALONE_TOKENS if len(steps) == 1 else TURN_TOKENS, {}
-        for work in sorted(steps, key=lambda step: step.left * len(step.hidden)):
-            least = 1 if work.prompts is None or work.done else work.prompts.shape[2]
-            portions[work] = min(work.left, max(least, budget // len(work.hidden)))
-            budget -= portions[work] * len(work.hidden)
-        return portions
-
     def _run_pass(self, steps: list[Work]) -> None:
-        for work in steps:
-            if not work.done:
-                work.tables.truncate(work.start)
-                if work.hypo_ids is not None:
-                    work.tables.reorder(work.hypo_ids)
-        parts = [_Part(work, portion, self) for work, portion in self._portions(steps).items()]
-        busy = [part for part in parts if part.queries]
+        """Small steps get all the tokens they need in this pass, large ones the rest."""
+        budget, parts = ALONE_TOKENS if len(steps) == 1 else TURN_TOKENS, []
+        for work in sorted(steps, key=lambda step: step.left * len(step.hidden)):
+            portion = min(work.left, max(1, budget // len(work.hidden)))
+            budget -= portion * len(work.hidden)
+            parts.append(_Part(work, portion, self))
+        busy = [part for part in parts if part.rows]
         self.passes += bool(busy)
-        edges = sorted({edge for part in busy for edge in (part.work.first, part.work.last)})
-        for low, high in itertools.pairwise(edges):
-            here = [part for part in busy if part.work.first <= low and high <= part.work.last]
+
+        def present(index: int) -> list[_Part]:
+            return [part for part in busy if index in part.work.blocks]
+
+        for here, indices in itertools.groupby(self.blocks, present):
             if here:
-                self._run_blocks(here, low, high)
+                self._run_blocks(here, indices)
         for part in parts:
             part.finish()
-            self.rows += len(part.queries)
 
-    def _run_blocks(self, parts: list[_Part], low: int, high: int) -> None:
-        """Blocks low..high-1 for the tokens of all these parts at once."""
-        tables, queries, lengths, finals = (
-            [item for part in parts for item in getattr(part, name)]
-            for name in ("tables", "queries", "lengths", "finals")
-        )
+    def _run_blocks(self, parts: list[_Part], indices: Iterable[int]) -> None:
+        """Some blocks for the tokens of all these parts at once."""
+        tables, queries, lengths, finals = zip(*(row for part in parts for row in part.rows), strict=True)
         plan = attention.plan(tables, queries, lengths, PAGE, self.device)
-        places = [torch.arange(length - new, length) for new, length in zip(queries, lengths, strict=True)]
-        at = torch.cat(places).to(self.device)
+        at = torch.cat([part.at for part in parts]).to(self.device)
         cos, sin = self.rotary(at, list(zip(queries, finals, strict=True)), self.dtype)
-        sizes = [len(part.x) for part in parts]
-        x = parts[0].x if len(parts) == 1 else torch.cat([part.x for part in parts])
-        for index in range(low, high):
+        x, sizes = torch.cat([part.x for part in parts]), [len(part.x) for part in parts]
+        for index in indices:
             pages = self.pool.k[index], self.pool.v[index]
-            for part, before in zip(parts, itertools.accumulate(sizes, initial=0)):  # noqa: B905 - one more sum
-                if part.prompted is not None:
-                    x = x.index_add(0, part.prompted + before, part.prompts(index))
+            for part, tokens in zip(parts, x.split(sizes), strict=True):
+                if part.prompted:
+                    tokens.add_(part.prompts(index))
 
             def attend(block: Block, qkv: Tensor, pages: tuple = pages) -> Tensor:
                 q = attention.rope_append(qkv, cos, sin, *pages, plan)
                 return attention.attend(q, *pages, plan, **block.attention)
 
             x = self.blocks[index](x, attend)
-        for part, rows in zip(parts, x.split(sizes), strict=True):
-            part.x = rows
+        for part, tokens in zip(parts, x.split(sizes), strict=True):
+            part.x = tokens
 
-    def _advance(self, slow: deque) -> None:
-        """One block of the oldest forward or backward request."""
-        work, generator = slow[0]
+    def _advance(self, work: Work, course: Iterator) -> bool:
+        """One block of a forward or backward request; whether it is finished."""
         try:
             with torch.no_grad():
-                next(generator)
-            return
-        except StopIteration as end:
-            result = end.value
+                result = next(course)
         except Exception as error:
             logger.warning("a request failed", exc_info=True)
             result = error
-        slow.popleft()
-        self._settle([(work, result)])
+        if result is not None:
+            wire().soon(work.settle, result)
+        return result is not None
 
-    def without_cache(
-        self, rows: int, tokens: int, left_pad: Sequence[int] = ()
-    ) -> Callable[[int, Tensor], Tensor]:
+    def without_cache(self, rows: int, tokens: int, left_pad: Sequence[int] = ()) -> Callable:
         """A function (block index, [B, T, H]) -> [B, T, H] for a batch that is in no session."""
-        pads = torch.tensor(list(left_pad) or [0] * rows)
+        pads = torch.tensor(left_pad or [0] * rows)
         at = (torch.arange(tokens) - pads[:, None]).clamp(min=0).flatten().to(self.device)
         cos, sin = self.rotary(at, [(tokens, tokens - pad) for pad in pads.tolist()], self.dtype)
 
@@ -2998,36 +2964,36 @@ class Executor(threading.Thread):
             N, K = block.spec.heads, block.spec.kv_heads
             qk, v = qkv.split([N + K, K], dim=1)
             qk = qk if cos is None else attention.rotate(qk, cos, sin)
-            q, k, v = (t.unflatten(0, (rows, tokens)) for t in (qk[:, :N], qk[:, N:], v))
-            return attention.fresh(q, k, v, list(left_pad) or None, **block.attention)
+            q, k, v = (t.unflatten(0, (rows, tokens)) for t in (*qk.split([N, K], dim=1), v))
+            return attention.fresh(q, k, v, left_pad, **block.attention)
 
         return lambda index, x: self.blocks[index](x.reshape(rows * tokens, -1), attend).view(x.shape)
 
-    def _pass_through(self, work: Work):
-        """A forward pass without cache, a backward pass if the work has a gradient; yields after every block.
-        Returns [output], or [gradient of the input] and, with prompts, theirs [blocks, B, P, H]."""
+    def _pass_through(self, work: Work) -> Iterator[list[Tensor] | None]:
+        """A forward pass without cache, a backward pass if the work has a gradient. Yields None after every
+        block, then [output], or [gradient of the input] and, with prompts, theirs [blocks, B, P, H]."""
         x, inputs = work.hidden.to(self.device, self.dtype), []
+        prompts, length = work.prompts.to(x), work.prompts.shape[2]
         run = self.without_cache(*x.shape[:2], work.left_pad)
-        prompts = None if work.prompts is None else work.prompts.to(x)
-        length = 0 if prompts is None else prompts.shape[2]
-        for index in range(work.first, work.last):
+        for index, given in zip(work.blocks, prompts, strict=True):
             if length:
-                x = torch.cat([x[:, :length] + prompts[index - work.first], x[:, length:]], dim=1)
+                x = torch.cat([x[:, :length] + given, x[:, length:]], dim=1)
             if work.grad is not None:
                 inputs.append(x)
             x = run(index, x)
             yield
         if work.grad is None:
-            return [x.to("cpu")]
+            yield [x.to("cpu")]
+            return
         grad, prompt_grads = work.grad.to(x), []
-        for index in reversed(range(work.first, work.last)):
+        for index in reversed(work.blocks):
             with torch.enable_grad():
                 leaf = inputs.pop().detach().requires_grad_()
                 output = run(index, leaf)
             (grad,) = torch.autograd.grad(output, leaf, grad)
-            prompt_grads.append(grad[:, :length])
+            prompt_grads.insert(0, grad[:, :length])
             yield
-        return [grad.to("cpu")] + ([torch.stack(prompt_grads[::-1]).to("cpu")] if length else [])
+        yield [grad.to("cpu"), torch.stack(prompt_grads).to("cpu")][: 1 + bool(length)]
 
 
 class _Part:
@@ -3035,43 +3001,34 @@ class _Part:
     thread."""
 
     def __init__(self, work: Work, portion: int, executor: Executor):
-        self.work, self.portion, self.executor = work, portion, executor
-        low = work.start + work.done  # positions of the session; a row's own are less by its padding
-        pads, high, end = work.tables.pads, low + portion, work.start + work.hidden.shape[1]
-        rows = [row for row, pad in enumerate(pads) if pad < high and portion]
-        starts = [max(low, pads[row]) - pads[row] for row in rows]
-        self.lengths = [high - pads[row] for row in rows]  # in the cache after this pass
-        self.finals = [end - pads[row] for row in rows]  # and after the whole step
-        self.queries = [length - start for start, length in zip(starts, self.lengths, strict=True)]
-        spots = zip(rows, starts, self.lengths, strict=True)
-        self.tables = [work.tables.prepare(row, start, length) for row, start, length in spots]
-        self.real = None  # [B, portion] bool: which tokens are no padding; None: all
-        if max(pads) > low:
-            self.real = torch.arange(low, high) >= torch.tensor(pads)[:, None]
-        hidden = work.hidden[:, work.done : work.done + portion]
-        self.x = (hidden.flatten(0, 1) if self.real is None else hidden[self.real]).to(
-            executor.device, executor.dtype
-        )
-        self.prompted: Tensor | None = None  # which of its tokens get deep prompts added
-        if work.prompts is not None and not work.done:
-            first = (torch.arange(portion) < work.prompts.shape[2]).expand(len(pads), -1)
-            first = first.flatten() if self.real is None else first[self.real]
-            self.prompted = first.nonzero().flatten().to(executor.device)
+        if work.output is None:  # the first pass of this step
+            work.output = torch.zeros(work.hidden.shape, dtype=executor.dtype)
+            work.tables.truncate(work.start)
+            if work.hypo_ids:
+                work.tables.reorder(work.hypo_ids)
+        self.work, self.tokens = work, slice(work.done, work.done + portion)
+        low, pads = work.start + work.done, work.tables.pads
+        own = torch.arange(low, low + portion) - torch.tensor(pads)[:, None]  # a row's own positions
+        self.real = own >= 0  # [B, portion]: no padding
+        self.at = own[self.real]
+        self.rows = []  # of rows with tokens: table, how many, the row's length after them, after the step
+        for row, (pad, new) in enumerate(zip(pads, self.real.sum(1).tolist(), strict=True)):
+            if new:
+                length = low + portion - pad
+                table = work.tables.prepare(row, length - new, length)
+                self.rows.append((table, new, length, length + work.left - portion))
+        self.x = work.hidden[:, self.tokens][self.real].to(executor.device, executor.dtype)
+        self.prompted = work.done < work.prompts.shape[2]  # some of its tokens get deep prompts added
 
     def prompts(self, index: int) -> Tensor:
-        """What to add to the tokens at `prompted` before this block."""
-        rows = self.work.prompts[index - self.work.first].expand(len(self.work.hidden), -1, -1)
-        rows = rows.flatten(0, 1) if self.real is None else rows[self.real[:, : rows.shape[1]]]
-        return rows.to(self.executor.device, self.executor.dtype)
+        """What to add to its tokens before this block; zeros to those after the prompts."""
+        given = self.work.prompts[index - self.work.blocks.start, :, self.tokens]  # [B or 1, some, H]
+        whole = F.pad(given, (0, 0, 0, self.real.shape[1] - given.shape[1]))
+        return whole.expand(*self.real.shape, -1)[self.real].to(self.x)
 
     def finish(self) -> None:
-        """Give the step its output [B, portion, H], on the CPU, zeros where there was padding."""
-        output, (rows, _, size) = self.x.to("cpu"), self.work.hidden.shape
-        if self.real is not None:
-            packed, output = output, output.new_zeros(rows, self.portion, size)
-            output[self.real] = packed
-        self.work.outputs.append(output.view(rows, self.portion, size))
-        self.work.done += self.portion
+        self.work.output[:, self.tokens][self.real] = self.x.to("cpu")
+        self.work.done = self.tokens.stop
 
 
 # ============================================================================================================
@@ -3084,50 +3041,45 @@ MAX_REQUEST_TOKENS = 2**16  # of a forward or backward request
 REQUEST_TIMEOUT = 3 * 60.0  # seconds in which a streamed request must be here, as in Petals
 
 Requests, Responses = AsyncIterator[ExpertRequest], AsyncIterator[ExpertResponse]
-_METADATA_CHECKS = {  # what a request may say, and what it must be; all of it may be absent
-    "session_id": (_text, "a line of text"),
-    "step_id": (_text, "a line of text"),
-    "push_from": (_text, "a peer id"),
-    "active_adapter": (lambda value: not value, "None, for this server has no adapters"),
-    "points": (_number, "a number"),
-    "max_length": (_count, "a number of tokens"),
-    "alloc_timeout": (_number, "a number of seconds"),
-    "start_from_position": (_count, "a position"),
-    "left_pad": (lambda value: _listed(value) and all(map(_count, value)), "a list of counts"),
-    "output_compression": (_listed, "a compression for each tensor"),
-    "next_servers": (_listed, "a list of servers"),
-}
+_METADATA_CHECKS = (  # what a request may say, and what it must be; all of it may be absent
+    ("session_id step_id push_from", _text, "a line of text"),
+    ("points alloc_timeout", _number, "a number, 0 or more"),
+    ("max_length start_from_position", _count, "a count of tokens"),
+    ("output_compression next_servers", _listed, "a list"),
+    ("left_pad", lambda value: _listed(value) and all(map(_count, value)), "a list of counts"),
+    ("active_adapter", lambda value: not value, "None, for this server has no adapters"),
+)
 
 
 def checked_metadata(request: ExpertRequest) -> dict:
     """A request's metadata without what is None; ValueError names what is not as it must be."""
     metadata = {key: value for key, value in unpack_metadata(request).items() if value is not None}
-    for key, (check, wanted) in _METADATA_CHECKS.items():
-        expect(key not in metadata or check(metadata[key]), f"{key} to be {wanted}", metadata.get(key))
+    for keys, check, wanted in _METADATA_CHECKS:
+        for key in keys.split():
+            expect(key not in metadata or check(metadata[key]), f"{key} to be {wanted}", metadata.get(key))
     return metadata
 
 
-async def _next_of(requests: Requests) -> ExpertRequest | None:
-    """The next request of a stream; None at its end, which may be told by an empty request."""
+async def _next_of(requests: Requests) -> tuple[ExpertRequest, dict] | None:
+    """A stream's next request and its metadata; None at the end, which may be told by an empty request."""
     async for request in requests:
-        return request if request.tensors else None
+        return (request, checked_metadata(request)) if request.tensors else None
     return None
 
 
 class ServerSession:
     """One client's session on this server. Wire thread, but for `tables`."""
 
-    def __init__(self, requests: Requests, first: int, last: int, rows: int, metadata: dict):
+    def __init__(self, requests: Requests, blocks: range, rows: int, metadata: dict):
         # fixed at open
         self.id = metadata.get("session_id") or str(uuid.uuid4())
-        self.first, self.last, self.rows, self.max_length = first, last, rows, metadata["max_length"]
+        self.blocks, self.rows, self.max_length = blocks, rows, metadata["max_length"]
         self.deadline = time.monotonic() + SESSION_TIMEOUT
-        self.pages: list[list[int]] = []
-        self.tables: RowTables | None = None
+        self.tables: RowTables | None = None  # once there is room for it
         # per step
         self.position = 0
         self.push_from: str | None = metadata.get("push_from")  # "": nobody; None: the client names none
-        self.seen: OrderedDict[str, None] = OrderedDict()  # ids of the steps that were run
+        self.seen: deque[str] = deque(maxlen=MAX_SEEN)  # ids of the steps that were run
         self.pushes: dict[int, tuple[ExpertRequest, dict]] = {}  # by the position at which their turn comes
         self.busy: asyncio.Future | None = None  # the executor's work for this session
         self.requests = requests  # the client's stream
@@ -3163,21 +3115,16 @@ class ServerSession:
             except asyncio.TimeoutError:
                 limits = f"a step every {STEP_TIMEOUT:g} s, for at most {SESSION_TIMEOUT:g} s"
                 raise ValueError(f"the session ended: expected {limits}") from None
-        request, self.reading = self.reading.result(), None
-        if request is None:
-            return None
-        metadata = checked_metadata(request)
-        self.push_from = metadata.get("push_from", self.push_from)
-        return request, metadata
+        step, self.reading = self.reading.result(), None
+        if step is not None:
+            self.push_from = step[1].get("push_from", self.push_from)
+        return step
 
     def is_new(self, step_id: str | None) -> bool:
         """Whether this step was never begun; from now on it was."""
-        if step_id is None:
-            return True
         new = step_id not in self.seen
-        self.seen[step_id] = None
-        if len(self.seen) > MAX_SEEN:
-            self.seen.popitem(last=False)
+        if step_id is not None:
+            self.seen.append(step_id)
         return new
 
 
@@ -3187,62 +3134,56 @@ class TransformerConnectionHandler(ServicerBase):
 
     def __init__(self, server: Server):
         self.server, self.executor, self.pool = server, server.executor, server.pool
+        self.uids = block_uids(server.prefix, server.span.start, server.span.stop)
         self.sessions: dict[str, ServerSession] = {}
 
     # ---- checks: everything a stranger sends passes here
 
-    def _blocks(self, uid: str) -> tuple[int, int]:
-        """(first, last + 1) of a request's blocks."""
-        blocks = [self.server.uids.get(name) for name in uid.split(" ")]
-        span = self.server.span
-        served = f"consecutive blocks of {self.server.prefix}.{span.start} to .{span.stop - 1}"
-        first = blocks[0]
-        expect(first is not None and blocks == list(range(first, first + len(blocks))), served, uid)
-        return first, first + len(blocks)
+    def _blocks(self, uid: str) -> range:
+        """A request's blocks."""
+        names = uid.split(" ")
+        at = self.uids.index(names[0]) if names[0] in self.uids else 0
+        served = f"consecutive blocks of {self.uids[0]} to {self.uids[-1]}"
+        expect(self.uids[at : at + len(names)] == names, served, uid)
+        return self.server.span[at : at + len(names)]
 
-    def _hidden(self, tensor: Tensor) -> Tensor:
-        size, shape = self.executor.hidden_size, list(tensor.shape)
-        fits = tensor.is_floating_point() and len(shape) == 3 and shape[0] and shape[2] == size
-        expect(fits, f"hidden states: floats [batch, tokens, {size}]", (shape, tensor.dtype))
-        return tensor
-
-    @staticmethod
-    def _prompts(tensors: Sequence[Tensor], blocks: int, hidden: Tensor) -> Tensor | None:
-        """The first of these tensors, if there is one and it is not empty."""
-        if not tensors or not tensors[0].numel():
-            return None
-        prompts, (B, T, H), shape = tensors[0], hidden.shape, list(tensors[0].shape)
-        fits = prompts.is_floating_point() and len(shape) == 4 and shape[2] <= T
-        fits = fits and shape in ([blocks, 1, shape[2], H], [blocks, B, shape[2], H])
-        expect(fits, f"prompts: floats [{blocks}, 1 or {B}, at most {T}, {H}]", (shape, prompts.dtype))
-        return prompts
-
-    @staticmethod
-    def _pads(metadata: dict, rows: int) -> Sequence[int]:
-        pads = metadata.get("left_pad") or ()
+    async def _inputs(self, request: ExpertRequest, metadata: dict, blocks: range, states: int = 1) -> tuple:
+        """A request's tensors: as many as `states` says of hidden states and their gradient [B, T, H]; deep
+        prompts [blocks, 1 or B, P, H], P = 0 where there are none; hypo_ids, not yet checked."""
+        tensors = await _off_loop(_size(request), unpack_request, request, metadata)
+        expect(len(tensors) >= states, f"{states} tensors or more, hidden states first", len(tensors))
+        hidden, size = tensors[0], self.executor.hidden_size
+        for tensor in tensors[:states]:
+            fits = tensor.is_floating_point() and tensor.dim() == 3 and len(tensor)
+            fits = fits and tensor.shape == (*hidden.shape[:2], size)
+            expect(fits, f"hidden states: floats [batch, tokens, {size}]", (list(tensor.shape), tensor.dtype))
+        (rows, tokens), count = hidden.shape[:2], len(blocks)
+        prompts, hypo_ids, *_ = *tensors[states:], NOTHING, NO_IDS
+        if not prompts.numel():
+            prompts = hidden.new_empty(count, 1, 0, size)
+        fits = prompts.is_floating_point() and prompts.dim() == 4 and prompts.shape[2] <= tokens
+        fits = fits and prompts.shape in [(count, each, prompts.shape[2], size) for each in (1, rows)]
+        wanted = f"prompts: floats [{count}, 1 or {rows}, at most {tokens}, {size}]"
+        expect(fits, wanted, (list(prompts.shape), prompts.dtype))
+        pads = metadata.get("left_pad", ())
         expect(len(pads) in (0, rows), f"left_pad of {rows} rows", pads)
-        return pads
+        return *tensors[:states], prompts, hypo_ids
 
     @staticmethod
     async def _response(outputs: Sequence[Tensor], metadata: dict) -> ExpertResponse:
-        kinds, known = metadata.get("output_compression"), runtime_pb2.CompressionType.values()
-        kinds = (runtime_pb2.NONE,) * len(outputs) if kinds is None else kinds
+        known = runtime_pb2.CompressionType.values()
+        kinds = metadata.get("output_compression", [runtime_pb2.NONE] * len(outputs))
         fit = len(kinds) == len(outputs) and all(kind in known for kind in kinds)
         expect(fit, f"output_compression of {len(outputs)} of {known}", kinds)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in outputs)
+        size = sum(tensor.nbytes for tensor in outputs)
         return await _off_loop(size, lambda: ExpertResponse(tensors=map(pack, outputs, kinds)))
 
     # ---- RPCs: information, forward and backward
 
     async def rpc_info(self, request: ExpertUID, context: P2PContext) -> ExpertInfo:
-        info: dict[str, Any] = {
-            "version": __version__,
-            "dht_client_mode": False,
-            "cache_tokens_available": self.pool.tokens_left * len(self.server.blocks),
-            "features": list(self.server.features),
-            "executor_passes": self.executor.passes,
-            "executor_steps": self.executor.steps,
-        }
+        info: dict[str, Any] = {"version": __version__, "dht_client_mode": False, "features": [*FEATURES]}
+        info["cache_tokens_available"] = self.pool.tokens_left * len(self.server.span)
+        info |= {"executor_passes": self.executor.passes, "executor_steps": self.executor.steps}
         if request.uid:
             self._blocks(request.uid)
             describe, size = tensor_descr.BatchTensorDescriptor, self.executor.hidden_size
@@ -3253,40 +3194,22 @@ class TransformerConnectionHandler(ServicerBase):
         return ExpertInfo(serialized_info=MSGPackSerializer.dumps(info))
 
     async def rpc_forward(self, request: ExpertRequest, context: P2PContext) -> ExpertResponse:
-        return await self._pass_through(request, backward=False)
+        """Tensors [hidden, prompts] -> [output]; as rpc_backward [hidden, gradient, prompts] -> the gradients
+        of the inputs."""
+        backward = "rpc_backward" in context.handle_name
+        blocks, metadata = self._blocks(request.uid), checked_metadata(request)
+        hidden, *grad, prompts, _ = await self._inputs(request, metadata, blocks, 1 + backward)
+        tokens = hidden.shape[:2].numel()
+        expect(1 <= tokens <= MAX_REQUEST_TOKENS, f"1 to {MAX_REQUEST_TOKENS} tokens", tokens)
+        work = Work(blocks, hidden, prompts, *grad, left_pad=metadata.get("left_pad", ()))
+        return await self._response(await self.executor.submit(work), metadata)
 
-    async def rpc_backward(self, request: ExpertRequest, context: P2PContext) -> ExpertResponse:
-        return await self._pass_through(request, backward=True)
-
-    def rpc_forward_stream(self, requests: Requests, context: P2PContext) -> Responses:
-        return self._streamed(requests, backward=False)
-
-    def rpc_backward_stream(self, requests: Requests, context: P2PContext) -> Responses:
-        return self._streamed(requests, backward=True)
-
-    async def _streamed(self, requests: Requests, backward: bool) -> Responses:
+    async def rpc_forward_stream(self, requests: Requests, context: P2PContext) -> Responses:
         request = await asyncio.wait_for(join_messages(requests), REQUEST_TIMEOUT)
-        for part in split_message(await self._pass_through(request, backward)):
+        for part in split_message(await self.rpc_forward(request, context)):
             yield part
 
-    async def _pass_through(self, request: ExpertRequest, backward: bool) -> ExpertResponse:
-        """Tensors [hidden, prompts] or [hidden, gradient, prompts] -> [output] or the gradients of the
-        inputs."""
-        first, last = self._blocks(request.uid)
-        metadata, grad = checked_metadata(request), None
-        tensors = await _off_loop(_size(request), unpack_request, request, metadata)
-        expect(len(tensors) > backward, f"{1 + backward} tensors or more", len(tensors))
-        hidden, *rest = tensors
-        tokens = self._hidden(hidden).shape[:2].numel()
-        expect(1 <= tokens <= MAX_REQUEST_TOKENS, f"1 to {MAX_REQUEST_TOKENS} tokens", tokens)
-        if backward:
-            grad, *rest = rest
-            expect(grad.shape == hidden.shape, f"a gradient {list(hidden.shape)}", list(grad.shape))
-            self._hidden(grad)
-        prompts = self._prompts(rest, last - first, hidden)
-        pads = self._pads(metadata, len(hidden))
-        outputs = await self.executor.submit(Work(first, last, hidden, prompts, left_pad=pads, grad=grad))
-        return await self._response(outputs, metadata)
+    rpc_backward, rpc_backward_stream = rpc_forward, rpc_forward_stream  # the context says which was called
 
     # ---- RPCs: sessions
 
@@ -3299,17 +3222,20 @@ class TransformerConnectionHandler(ServicerBase):
         return ExpertResponse()
 
     async def rpc_inference(self, requests: Requests, context: P2PContext) -> Responses:
-        request = await asyncio.wait_for(_next_of(requests), STEP_TIMEOUT)
-        if request is None:
+        step = await asyncio.wait_for(_next_of(requests), STEP_TIMEOUT)
+        if step is None:
             return
-        metadata = checked_metadata(request)
-        session = await self._open(requests, request, metadata)
+        request, metadata = step
+        blocks, most = self._blocks(request.uid), self.server.max_length
+        length, patience = metadata.get("max_length", math.inf), metadata.get("alloc_timeout", 0.0)
+        expect(length <= most, f"max_length, of {most} tokens or fewer", length)
+        hidden, *_ = await self._inputs(request, metadata, blocks)
+        session = ServerSession(requests, blocks, len(hidden), metadata)
+        expect(session.id not in self.sessions, "a session_id of its own", session.id)
         self.sessions[session.id] = session
         try:
-            patience = min(metadata.get("alloc_timeout", 0.0), STEP_TIMEOUT)
-            session.pages = await self.pool.take(session.rows, session.max_length, patience)
-            session.tables = RowTables(self.pool, session.pages, self._pads(metadata, session.rows))
-            step: tuple[ExpertRequest, dict] | None = (request, metadata)
+            pages = await self.pool.take(session.rows, length, min(patience, STEP_TIMEOUT))
+            session.tables = RowTables(self.pool, pages, metadata.get("left_pad", ()))
             while step is not None:
                 if session.is_new(step[1].get("step_id")):
                     yield await self._infer(session, *step)
@@ -3320,76 +3246,56 @@ class TransformerConnectionHandler(ServicerBase):
                 session.reading.cancel()
             _spawn(self._release(session))
 
-    async def _open(self, requests: Requests, request: ExpertRequest, metadata: dict) -> ServerSession:
-        """A session on the terms of its first request, as yet without room in the cache."""
-        first, last = self._blocks(request.uid)
-        length, most = metadata.get("max_length"), self.server.max_length
-        expect(length is not None and length <= most, f"max_length, of {most} tokens or fewer", length)
-        tensors = await _off_loop(_size(request), unpack_request, request, metadata)
-        expect(tensors, "hidden states in the first request", "none")
-        session = ServerSession(requests, first, last, len(self._hidden(tensors[0])), metadata)
-        expect(session.id not in self.sessions, "a session_id of its own", session.id)
-        return session
-
     async def _release(self, session: ServerSession) -> None:
         """Give the pages back, once the executor is through with them."""
         if session.busy is not None:
             await asyncio.wait([session.busy])
-        self.pool.give_back(session.pages)
+        if session.tables is not None:
+            self.pool.give_back(session.tables.own)
 
     async def _infer(self, session: ServerSession, request: ExpertRequest, metadata: dict) -> ExpertResponse:
         """Run one step, where the session stands or where its client rewinds it to."""
-        rows, span = session.rows, (session.first, session.last)
-        same = not request.uid or self._blocks(request.uid) == span
-        expect(same, f"a step for the session's blocks {span}", request.uid)
-        tensors = await _off_loop(_size(request), unpack_request, request, metadata)
-        expect(tensors, "hidden states", "none")
-        hidden = self._hidden(tensors[0])
+        rows, blocks, room = session.rows, session.blocks, session.max_length
+        same = not request.uid or self._blocks(request.uid) == blocks
+        expect(same, f"a step for the session's {blocks}", request.uid)
+        hidden, prompts, hypo_ids = await self._inputs(request, metadata, blocks)
         expect(len(hidden) == rows, f"hidden states of the session's {rows} rows", len(hidden))
-        prompts = self._prompts(tensors[1:2], session.last - session.first, hidden)
-        hypo_ids = tensors[2] if len(tensors) > 2 else NO_IDS
-        order = hypo_ids.tolist() if hypo_ids.numel() else None
-        fits = order is None or (len(order) == rows and all(_count(i) and i < rows for i in order))
+        order = hypo_ids.tolist() if hypo_ids.numel() else []
+        fits = not order or (len(order) == rows and all(_count(i) and i < rows for i in order))
         expect(fits, f"hypo_ids: {rows} of 0 to {rows - 1}", order)
         start = metadata.get("start_from_position", session.position)
         expect(start <= session.position, f"start_from_position up to {session.position}", start)
-        end, room = start + hidden.shape[1], session.max_length
+        end = start + hidden.shape[1]
         expect(end <= room, f"at most {room} tokens (max_length)", f"{start} + {hidden.shape[1]}")
-        work = Work(session.first, session.last, hidden, prompts, order, session.tables, start)
+        work = Work(blocks, hidden, prompts, tables=session.tables, start=start, hypo_ids=order)
         session.busy = self.executor.submit(work)
         output = await asyncio.shield(session.busy)
         session.position = end
         response = await self._response([output], metadata)
         if metadata.get("next_servers"):
-            push = self._push(response.tensors[0], hypo_ids, metadata)
-            if _size(response) > OFFLOAD_BYTES:  # to the next server first, to the client then
-                await push
-            else:
-                _spawn(push)
+            # the next server first, then the client, on a slow link too; a frozen one is not waited for long
+            push = _spawn(self._push(response.tensors[0], order, metadata))
+            await asyncio.wait([push], timeout=_size(response) / (10 * SLOWEST_LINK))
         return response
 
-    async def _push(self, output: runtime_pb2.Tensor, hypo_ids: Tensor, metadata: dict) -> None:
+    async def _push(self, output: runtime_pb2.Tensor, order: list[int], metadata: dict) -> None:
         """Hand a step's output to the next server of its session. Should that fail, the client sends it
         itself."""
+        (name, session_id, start, end), *rest = metadata["next_servers"]
+        total, swarm = self.server.total, self.server.swarm
+        fits = _text(name) and _count(start) and _count(end) and start < end <= total
+        expect(fits and len(rest) < total, "next_servers with blocks of the model", (name, start, end))
         dropped = ("push_from", "output_compression", "max_length", "alloc_timeout", "left_pad")
         passed = {key: value for key, value in metadata.items() if key not in dropped}
-        try:
-            (name, session_id, start, end), *rest = metadata["next_servers"]
-            total = self.server.total
-            fits = _text(name) and _count(start) and _count(end) and start < end <= total
-            expect(fits and len(rest) < total, "next_servers with blocks of the model", (name, start, end))
-            passed |= {"session_id": session_id, "next_servers": rest, "pushed": True}
-            uid = " ".join(block_uids(self.server.prefix, start, end))
-            request = pack_request(uid, [NOTHING, NOTHING, hypo_ids], passed)
-            request.tensors[0].CopyFrom(output)
-            peer = PeerID.from_base58(name)
-            if peer == self.server.swarm.peer_id:  # libp2p does not call itself
-                if session_id in self.sessions:
-                    self.sessions[session_id].push(request, passed, peer)
-                return
-            await call(self.server.swarm.p2p, peer, "rpc_push", request, ExpertResponse, 30)
-        except Exception as error:
-            logger.info("a push to the next server failed: %s", _first_line(error))
+        passed |= {"session_id": session_id, "next_servers": rest, "pushed": True}
+        uid = " ".join(block_uids(self.server.prefix, start, end))
+        request = pack_request(uid, [NOTHING, NOTHING, torch.tensor(order, dtype=torch.int64)], passed)
+        request.tensors[0].CopyFrom(output)
+        peer = PeerID.from_base58(name)
+        if peer == swarm.peer_id:  # libp2p does not call itself
+            await self.rpc_push(request, P2PContext("rpc_push", peer, peer))
+        else:
+            await call(swarm.p2p, peer, "rpc_push", request, ExpertResponse, 30)
 
 
 # ============================================================================================================
@@ -3399,143 +3305,116 @@ class TransformerConnectionHandler(ServicerBase):
 ASSUMED_BITS_PER_SECOND = 100e6  # of the network, for the announced throughput; nobody measures it here
 
 
+@dataclass(eq=False, repr=False)
 class Server:
     """Hosts blocks of one model. `start` returns when they are online; `stop` takes them off again. Any
-    thread.
+    thread. UserError for what cannot be."""
 
-    model: directory or repository. initial_peers: multiaddrs of the swarm to join; none for a new one.
-    block_indices: (first, last + 1); else num_blocks, taken where the swarm serves worst; else all.
-    max_length: tokens per row that a session may ask for. attn_cache_tokens: what the cache holds for each
-    block. throughput: tokens/s to announce, or "auto" to measure. UserError for what cannot be.
-    """
+    model: str  # directory or repository
+    _: dataclasses.KW_ONLY
+    initial_peers: Sequence[str] = ()  # multiaddrs of the swarm to join; none for a new one
+    host_maddrs: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",)  # to listen on
+    announce_maddrs: Sequence[str] | None = None  # to tell others; None: those
+    identity_path: str | None = None  # file of the peer's key
+    block_indices: tuple[int, int] | None = None  # (first, last + 1)
+    num_blocks: int | None = None  # else so many, where the swarm serves worst; None: all
+    dht_prefix: str | None = None
+    device: Any = "auto"
+    torch_dtype: Any = "auto"
+    attn_cache_tokens: int = 16384  # what the cache holds for each block
+    inference_max_length: int | None = None  # tokens per row that a session may ask for
+    throughput: float | str = "auto"  # tokens/s to announce; "auto": measured
+    update_period: float = 120.0  # seconds between announcements
+    public_name: str | None = None
+    hub: dict[str, Any] = field(default_factory=dict)  # token, revision, cache_dir
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        initial_peers: Sequence[str] = (),
-        block_indices: tuple[int, int] | None = None,
-        num_blocks: int | None = None,
-        dht_prefix: str | None = None,
-        device: str = "auto",
-        torch_dtype: Any = "auto",
-        attn_cache_tokens: int = 16384,
-        inference_max_length: int | None = None,
-        throughput: float | str = "auto",
-        update_period: float = 120.0,
-        public_name: str | None = None,
-        features: Sequence[str] = FEATURES,
-        hub: dict | None = None,
-        **p2p_options: Any,
-    ):
-        self.model, self.initial_peers, self.p2p_options = str(model), list(initial_peers), p2p_options
-        hub = hub or {}
-        self.config = load_config(self.model, {"dht_prefix": dht_prefix, **hub} if dht_prefix else dict(hub))
-        self.prefix = self.config.dht_prefix
-        self.total = self.config.num_hidden_layers
-        if block_indices is not None and not 0 <= block_indices[0] < block_indices[1] <= self.total:
-            first, last = block_indices
-            raise UserError(f"block_indices {first}:{last}: {self.model!r} has blocks 0:{self.total}")
-        if num_blocks is not None and not 1 <= num_blocks <= self.total:
-            raise UserError(f"num_blocks {num_blocks}: {self.model!r} has {self.total} blocks")
-        self.block_indices, self.num_blocks = block_indices, num_blocks
-        self.checkpoint = Checkpoint(self.model, **hub)
+    def __post_init__(self):
+        self.model = str(self.model)
+        named = {"dht_prefix": self.dht_prefix} if self.dht_prefix else {}
+        self.config = load_config(self.model, {**named, **self.hub})
+        self.prefix, self.total = self.config.dht_prefix, self.config.num_hidden_layers
+        first, end = self.block_indices or (0, self.num_blocks or self.total)
+        self.span = range(first, end)
+        if not 0 <= first < end <= self.total:
+            raise UserError(f"blocks {first}:{end}: {self.model!r} has {self.total} blocks, 0:{self.total}")
+        self.checkpoint = Checkpoint(self.model, **self.hub)
         best_device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(best_device if device == "auto" else device)
-        self.dtype = self._dtype(parse_dtype(torch_dtype))
+        self.device = torch.device(best_device if self.device == "auto" else self.device)
+        # a CPU without AVX-512 is slower in 16 bits than in 32 (KERNELS.md, CPU)
+        slow = self.device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+        stored = parse_dtype(self.config.dtype) or self.checkpoint.dtype()
+        self.dtype = parse_dtype(self.torch_dtype) or (torch.float32 if slow else stored)
         spec = family_of(self.config).spec(self.config, 0)
         default_length = 8192 if spec.kv_heads < spec.heads else 2048  # Petals' rule
-        self.max_length = inference_max_length or min(default_length, attn_cache_tokens)
-        self.attn_cache_tokens, self.update_period = attn_cache_tokens, update_period
-        self.record_seconds = max(2 * update_period, 3.0)  # how long a record in the directory lives
-        self.given_throughput, self.public_name, self.features = throughput, public_name, tuple(features)
-        self.swarm: Swarm | None = None
-        self.blocks: dict[int, Block] = {}
-        self.uids: dict[str, int] = {}
-        self._announcing: asyncio.Task | None = None
-
-    def _dtype(self, asked: torch.dtype | None) -> torch.dtype:
-        """The dtype to compute in. A CPU without AVX-512 is slower in 16 bits than in 32 (KERNELS.md,
-        CPU)."""
-        stored = parse_dtype(self.config.dtype) or self.checkpoint.dtype()
-        slow = self.device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
-        return asked or (torch.float32 if slow else stored)
+        self.max_length = self.inference_max_length or min(default_length, self.attn_cache_tokens)
+        self.swarm = self.info = self.executor = self._announcing = None  # until `start`
 
     def start(self, progress: Callable[[Iterable], Iterable] = lambda blocks: blocks) -> None:
-        self.swarm = wire().call(Swarm.join(self.initial_peers, **self.p2p_options))
+        network = {name: getattr(self, name) for name in ("host_maddrs", "announce_maddrs", "identity_path")}
+        self.swarm = wire().call(Swarm.join(self.initial_peers, **network))
         try:
-            first, last = self.block_indices or wire().call(self._choose())
-            self.span = range(first, last)
-            self.info = ServerInfo(JOINING, 0.0, first, last, self.public_name, __version__)
-            self.info.torch_dtype, self.info.quant_type = str(self.dtype).removeprefix("torch."), "none"
-            self.info.using_relay, self.info.max_length = False, self.max_length
-            self.info.features = self.features
+            if self.block_indices is None:
+                table = wire().call(read_directory(self.swarm, self.prefix, self.total))
+                self.span = worst_blocks(table, len(self.span))
+            first, last = self.span.start, self.span.stop
+            self.info = info = ServerInfo(JOINING, 0.0, first, last, self.public_name, __version__)
+            info.torch_dtype, info.quant_type = str(self.dtype).removeprefix("torch."), "none"
+            info.using_relay, info.max_length, info.features = False, self.max_length, FEATURES
             wire().call(self._announce())
+            blocks = {}
             for index in progress(self.span):
-                self.blocks[index] = load_block(self.checkpoint, self.config, index, self.dtype, self.device)
-            specs = {index: block.spec for index, block in self.blocks.items()}
+                blocks[index] = load_block(self.checkpoint, self.config, index, self.dtype, self.device)
+            specs = {index: block.spec for index, block in blocks.items()}
             self.pool = PagePool(specs, self.attn_cache_tokens, self.dtype, self.device)
-            self.executor = Executor(self.blocks, self.config, self.pool, self.dtype)
-            self._measure()
+            self.executor = Executor(blocks, self.config, self.pool)
+            info.throughput = self._measure() if self.throughput == "auto" else float(self.throughput)
             self.executor.start()
-            self.uids = dict(zip(block_uids(self.prefix, first, last), self.span, strict=True))
-            self.info.state = ONLINE
-            wire().call(self._go_online())
+            self.handler = TransformerConnectionHandler(self)
+            wire().call(self.handler.add_p2p_handlers(self.swarm.p2p))
+            info.state = ONLINE
+            wire().call(self._announce())
+            self._announcing = asyncio.run_coroutine_threadsafe(self._keep_announcing(), wire().loop)
         except BaseException:
             self.stop()
             raise
 
     def stop(self) -> None:
         """Announce offline, end what is under way, leave the swarm. May be called twice."""
-        swarm, self.swarm = self.swarm, None
-        if swarm is not None:
-            wire().call(self._go_offline(swarm))
+        if self.swarm is not None:
+            wire().call(self._go_offline())
+            self.swarm = None
 
-    async def _choose(self) -> tuple[int, int]:
-        if self.num_blocks is None:
-            return 0, self.total
-        chosen = worst_blocks(await read_directory(self.swarm, self.prefix, self.total), self.num_blocks)
-        return chosen.start, chosen.stop
-
-    def _measure(self) -> None:
-        """Fill in the rates of the directory record, in tokens/s for one block: given, or timed on the first
-        block."""
-        if self.given_throughput != "auto":
-            self.info.throughput = float(self.given_throughput)
-            return
-        rates = []
-        for tokens in (1, 128):
-            x = torch.randn(1, tokens, self.config.hidden_size).to(self.device, self.dtype)
-            run = self.executor.without_cache(1, tokens)
+    def _measure(self) -> float:
+        """The throughput to announce, from the rates of the directory record, which are filled in: tokens/s
+        for one block, timed on the first one."""
+        info, hidden = self.info, self.config.hidden_size
+        for rate, tokens in (("inference_rps", 1), ("forward_rps", 128)):
+            x = torch.randn(1, tokens, hidden).to(self.device, self.dtype)
+            run, count = self.executor.without_cache(1, tokens), 0
             with torch.inference_mode():
                 run(self.span.start, x)
-                began, count = time.perf_counter(), 0
+                began = time.perf_counter()
                 while time.perf_counter() - began < 0.1:
                     run(self.span.start, x).sum().item()  # waits for the device
                     count += 1
-            rates.append(tokens * count / (time.perf_counter() - began))
-        self.info.inference_rps, self.info.forward_rps = rates
-        self.info.network_rps = ASSUMED_BITS_PER_SECOND / (16 * self.config.hidden_size)
+            setattr(info, rate, tokens * count / (time.perf_counter() - began))
+        info.network_rps = ASSUMED_BITS_PER_SECOND / (16 * hidden)
         average_span = (len(self.span) + 1) / 2  # Petals' rule: what a request uses of a server
-        self.info.throughput = min(self.info.forward_rps / average_span, self.info.network_rps)
+        return min(info.forward_rps / average_span, info.network_rps)
 
     async def _announce(self) -> None:
-        if self.info.state == ONLINE:
+        online = self.info.state == ONLINE
+        seconds = max(2 * self.update_period, 3.0)  # how long a record lives
+        if online:
             self.info.cache_tokens_left = 2 * self.pool.tokens_left * len(self.span)
-        taken = await announce(self.swarm, self.prefix, self.span, self.info, self.record_seconds)
+        taken = await announce(self.swarm, self.prefix, self.span, self.info, seconds)
         self.announced = taken == len(self.span)
         if not self.announced:
             logger.warning("the directory took %d of %d records", taken, len(self.span))
-        if self.info.state == ONLINE and not self.prefix.startswith("_"):
+        if online and not self.prefix.startswith("_"):
             repository = None if os.path.isdir(self.model) else f"https://huggingface.co/{self.model}"
             record = {"num_blocks": self.total, "repository": repository}
-            await self.swarm.store(["_petals.models"], [record], [self.prefix], self.record_seconds)
-
-    async def _go_online(self) -> None:
-        self.handler = TransformerConnectionHandler(self)
-        await self.handler.add_p2p_handlers(self.swarm.p2p)
-        await self._announce()
-        self._announcing = _spawn(self._keep_announcing())
+            await self.swarm.store(["_petals.models"], [record], [self.prefix], seconds)
 
     async def _keep_announcing(self) -> None:
         while True:
@@ -3555,18 +3434,15 @@ class Server:
         times = await asyncio.gather(*map(self.swarm.ping, some))
         return {str(peer): seconds for peer, seconds in zip(some, times, strict=True) if seconds < math.inf}
 
-    async def _go_offline(self, swarm: Swarm) -> None:
+    async def _go_offline(self) -> None:
         if self._announcing is not None:
             self._announcing.cancel()
-        if hasattr(self, "info"):
+        if self.info is not None:
             self.info.state, self.info.next_pings = OFFLINE, None
-            with contextlib.suppress(Exception):
-                offline = announce(swarm, self.prefix, self.span, self.info, self.record_seconds)
-                await asyncio.wait_for(offline, 2.5)
-        if hasattr(self, "executor"):
+            await _gather_quietly(asyncio.wait_for(self._announce(), 2.5))
+        if self.executor is not None:
             self.executor.stop()
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(swarm.leave(), 1)
+        await _gather_quietly(asyncio.wait_for(self.swarm.leave(), 1))
 
 
 # ============================================================================================================
