@@ -88,7 +88,7 @@ import time
 import uuid
 import weakref
 import zipfile
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -2531,12 +2531,9 @@ class Block:
     """
 
     def __init__(self, spec: BlockSpec, weights: dict[str, Tensor]):
-        self.spec, self.weights = spec, weights
+        self.spec, self.weights, self.device = spec, weights, weights["norm1.weight"].device
         self.act = transformers.activations.ACT2FN[spec.act]
-        self.device = weights["norm1.weight"].device
-        slopes = None
-        if spec.alibi:
-            slopes = positions.alibi_slopes(spec.heads, spec.alibi).to(self.device)
+        slopes = positions.alibi_slopes(spec.heads, spec.alibi).to(self.device) if spec.alibi else None
         self.attention = {"scale": spec.head_dim**-0.5, "slopes": slopes, "window": spec.window}
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
@@ -2588,54 +2585,42 @@ class Block:
         return (after if self.spec.norm_residual else x) + self._mlp(after)
 
 
-def load_block(
-    checkpoint: Checkpoint,
-    config: PretrainedConfig,
-    index: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> Block:
+def load_block(checkpoint: Checkpoint, config: PretrainedConfig, index: int, dtype, device) -> Block:
     """Read one block's weights, each straight into its place on the device in the target dtype. UserError
     where the checkpoint lacks a weight or has another shape than the config says."""
     family, weights = family_of(config), {}
-    spec = family.spec(config, index)
-    layer = f"{family.layers}.{index}."
-    marks = (layer, f"model.{layer}", f"transformer.{layer}")
-    mark = next((m for m in marks if any(name.startswith(m) for name in checkpoint.files)), None)
-    if mark is None:
+    spec, layer = family.spec(config, index), f"{family.layers}.{index}."
+    within = re.compile(rf"(?:model\.|transformer\.)?{re.escape(layer)}(.+)")
+    stored = {found[1]: name for name in checkpoint.files if (found := within.fullmatch(name))}
+    if not stored:
         raise UserError(f"{checkpoint.name!r} holds no block {index} (no tensor named {layer}…)")
-    for ours, kind in itertools.product(family.names, (".weight", ".bias")):
-        copies = range(spec.experts) if ours.startswith("experts") else (0,)
-        theirs = [
-            [mark + other + kind for other in name.replace("{expert}", str(copy_)).split("|")]
-            for copy_, name in itertools.product(copies, family.names[ours])
+    sizes = [heads * spec.head_dim for heads in (spec.heads, spec.kv_heads, spec.kv_heads)]  # rows of q, k, v
+    for (ours, parts), kind in itertools.product(family.names.items(), (".weight", ".bias")):
+        experts = spec.experts if ours.startswith("experts") else 0
+        theirs = [part.format(expert=i) for i, part in itertools.product(range(experts or 1), parts)]
+        names = [
+            next((stored[n + kind] for n in name.split("|") if n + kind in stored), None) for name in theirs
         ]
-        names = [next((name for name in some if name in checkpoint.files), None) for some in theirs]
         if None in names:
             if kind == ".weight" and ours not in ("norm2", "q_norm", "k_norm"):  # those that some models lack
-                raise UserError(f"{checkpoint.name!r} lacks {theirs[names.index(None)][0]}")
+                raise UserError(f"{checkpoint.name!r} lacks {layer}{theirs[names.index(None)]}{kind}")
             continue
         shapes = [checkpoint.shape(name) for name in names]
         rows = [shape[0] for shape in shapes]
-        whole = torch.empty((sum(rows), *shapes[0][1:]), dtype=dtype, device=device)
-        for name, part in zip(names, whole.split(rows), strict=True):
-            part.copy_(checkpoint.read(name))
-        if (
-            ours == "qkv" and spec.fused_qkv
-        ):  # per key head its query heads, the key, the value -> all q, all k, all v
-            group = whole.view(spec.kv_heads, -1, spec.head_dim, *whole.shape[1:])
-            whole = torch.cat(
-                [part.flatten(0, 2) for part in (group[:, :-2], group[:, -2:-1], group[:, -1:])]
-            )
-        weights[ours + kind] = whole.view(len(copies), -1, whole.shape[-1]) if len(copies) > 1 else whole
-    came, wanted = (
-        weights["qkv.weight"].shape,
-        ((spec.heads + 2 * spec.kv_heads) * spec.head_dim, spec.hidden),
-    )
-    if tuple(came) != wanted:
-        raise UserError(
-            f"{checkpoint.name!r}, block {index}: q, k, v are {list(came)}, the config says {list(wanted)}"
-        )
+        whole = torch.empty(sum(rows), *shapes[0][1:], dtype=dtype, device=device)
+        places, sources = whole.split(rows), map(checkpoint.read, names)
+        if ours == "qkv":
+            came, wanted = list(whole.shape), [sum(sizes), spec.hidden][: whole.dim()]
+            if came != wanted:
+                at = f"{checkpoint.name!r}, block {index}"
+                raise UserError(f"{at}: q, k, v are {came}, the config says {wanted}")
+            if spec.fused_qkv:  # per key head its query heads, the key, the value -> all q, all k, all v
+                heads = zip(*(part.chunk(spec.kv_heads) for part in whole.split(sizes)), strict=True)
+                places = list(itertools.chain.from_iterable(heads))
+                sources = next(sources).split([len(place) for place in places])
+        for place, source in zip(places, sources, strict=True):
+            place.copy_(source)
+        weights[ours + kind] = whole.unflatten(0, (experts, -1)) if experts else whole
     return Block(spec, weights)
 
 
@@ -2649,21 +2634,13 @@ class PagePool:
     thread's: an admitted session owns as many pages as it can ever need, so it never fails for space; the
     tensors and the tables are the executor's. On a CPU untouched pages cost no memory."""
 
-    def __init__(
-        self, specs: dict[int, BlockSpec], tokens: int, dtype: torch.dtype, device: torch.device | str
-    ):
-        self.count = max(1, tokens // PAGE)
-        self.k, self.v = (
-            {
-                index: torch.zeros(self.count, PAGE, spec.kv_heads, spec.head_dim, dtype=dtype, device=device)
-                for index, spec in specs.items()
-            }
-            for _ in range(2)
-        )
+    def __init__(self, specs: dict[int, BlockSpec], tokens: int, dtype: torch.dtype, device):
+        spec, self.count = next(iter(specs.values())), max(1, tokens // PAGE)
+        size = 2, len(specs), self.count, PAGE, spec.kv_heads, spec.head_dim  # alike in all blocks of a model
+        self.pages = torch.zeros(size, dtype=dtype, device=device)
+        self.k, self.v = (dict(zip(specs, half, strict=True)) for half in self.pages)
         self.free = bytearray(b"\1" * self.count)  # per page, 1: free
-        self.waiting: deque[tuple[int, asyncio.Future]] = (
-            deque()
-        )  # pages wanted, in the order they were asked for
+        self.waiting: deque[tuple[int, asyncio.Future]] = deque()  # pages wanted, in the order of asking
 
     @property
     def tokens_left(self) -> int:
@@ -2678,32 +2655,29 @@ class PagePool:
         wanted = f"{need * PAGE} cache tokens ({rows} rows of {tokens})"
         if need > self.count:
             raise AllocationFailed(f"the session needs {wanted}, this server has only {total} in all")
-        if self.waiting or need > self.free.count(1):
-            turn = asyncio.get_running_loop().create_future()
-            self.waiting.append((need, turn))
-            try:
-                await asyncio.wait_for(turn, timeout)
-                return self._claim(rows, each)  # before it leaves the queue: nobody can have taken its room
-            except asyncio.TimeoutError:
-                raise AllocationFailed(
-                    f"no room for {wanted} within {timeout:g} s: {self.tokens_left} of {total} are free, "
-                    f"{len(self.waiting) - 1} other sessions wait"
-                ) from None
-            finally:
-                self.waiting.remove((need, turn))
-                self._wake()
-        return self._claim(rows, each)
+        turn = asyncio.get_running_loop().create_future()
+        self.waiting.append((need, turn))
+        self._wake()
+        try:
+            await asyncio.wait_for(turn, timeout)
+            return self._claim(rows, each)  # before it leaves the queue: nobody can have taken its room
+        except asyncio.TimeoutError:
+            others, left = len(self.waiting) - 1, self.tokens_left
+            state = f"{left} of {total} are free, {others} other sessions wait"
+            raise AllocationFailed(f"no room for {wanted} within {timeout:g} s: {state}") from None
+        finally:
+            self.waiting.remove((need, turn))
+            self._wake()
 
     def _claim(self, rows: int, each: int) -> list[list[int]]:
         """Mark pages as taken: best one run for all rows, else one per row, else whatever is free."""
-        run, result = self.free.find(b"\1" * (rows * each)), []
-        for row in range(rows):
-            start = run + row * each if run >= 0 else self.free.find(b"\1" * each)
-            scattered = (page for page, free in enumerate(self.free) if free)
-            pages = list(range(start, start + each) if start >= 0 else itertools.islice(scattered, each))
-            for page in pages:
+        first, result = max(0, self.free.find(b"\1" * (rows * each))), []
+        for _ in range(rows):
+            run = self.free.find(b"\1" * each, first)
+            places = range(run, run + each) if run >= 0 else range(self.count)
+            result.append([page for page in places if self.free[page]][:each])
+            for page in result[-1]:
                 self.free[page] = 0
-            result.append(pages)
         return result
 
     def give_back(self, rows: list[list[int]]) -> None:
@@ -2716,9 +2690,7 @@ class PagePool:
         left = self.free.count(1)
         for need, turn in self.waiting:
             left -= need
-            if left < 0:
-                return
-            if not turn.done():
+            if left >= 0 and not turn.done():
                 turn.set_result(None)
 
 
@@ -2728,48 +2700,38 @@ class RowTables:
 
     def __init__(self, pool: PagePool, own: list[list[int]], left_pad: Sequence[int]):
         self.pool, self.own = pool, own
-        self.spare = set(itertools.chain.from_iterable(own))
         self.tables: list[list[int]] = [[] for _ in own]
-        self.users: dict[int, int] = {}  # page -> rows that have it
+        self.users = Counter()  # page -> rows that have it
         self.pads = list(left_pad) or [0] * len(own)
 
     def truncate(self, position: int) -> None:
         """Forget all tokens from this position of the session on."""
         for table, pad in zip(self.tables, self.pads, strict=True):
-            while len(table) > -(-max(0, position - pad) // PAGE):
-                self._drop(table.pop())
-
-    def _drop(self, page: int) -> None:
-        self.users[page] -= 1
-        if not self.users[page]:
-            del self.users[page]
-            self.spare.add(page)
+            kept = -(-max(0, position - pad) // PAGE)
+            self.users.subtract(table[kept:])
+            del table[kept:]
 
     def reorder(self, ids: Sequence[int]) -> None:
         """Row i becomes what row ids[i] was."""
-        old, self.tables = self.tables, [list(self.tables[i]) for i in ids]
+        self.tables = [list(self.tables[i]) for i in ids]
         self.pads = [self.pads[i] for i in ids]
-        for page in itertools.chain.from_iterable(self.tables):
-            self.users[page] += 1
-        for page in itertools.chain.from_iterable(old):
-            self._drop(page)
+        self.users = Counter(itertools.chain.from_iterable(self.tables))
 
     def prepare(self, row: int, start: int, end: int) -> list[int]:
         """The row's table, ready for tokens start..end-1 (its own, without padding) to be written."""
         table, first = self.tables[row], start // PAGE
         if first < len(table) and self.users[table[first]] > 1:
             shared, table[first] = table[first], self._fresh(row, first)
-            for tensor in (*self.pool.k.values(), *self.pool.v.values()):
-                tensor[table[first]] = tensor[shared]
-            self._drop(shared)
+            self.pool.pages[:, :, table[first]] = self.pool.pages[:, :, shared]
+            self.users[shared] -= 1
         while len(table) * PAGE < end:
             table.append(self._fresh(row, len(table)))
         return table
 
     def _fresh(self, row: int, place: int) -> int:
-        own = self.own[row]
-        page = own[place] if place < len(own) and own[place] in self.spare else next(iter(self.spare))
-        self.spare.remove(page)
+        """A page of this session that no row has: best the row's own for this place, else any."""
+        candidates = itertools.chain(self.own[row][place : place + 1], *self.own)
+        page = next(page for page in candidates if not self.users[page])
         self.users[page] = 1
         return page
 
