@@ -2431,13 +2431,13 @@ def test_what_cannot_be_is_said_by_a_process_that_leaves_nothing_behind(llama, f
                 ["generate", llama.path, "--prompt", "w5", *nowhere],
                 r"no server online holds blocks 0\.\.4 of 'empty'",
             ),
+            (["chat", llama.path, *nowhere], r"no server online holds blocks 0\.\.4 of 'empty'"),
         ]
         processes = [Process(folder, *command) for command, _ in cases]
         for process, (command, message) in zip(processes, cases, strict=True):
             result = process.finish()
-            *_, last = result.err.strip().splitlines()
-            assert result.code == 2 and re.search(message, last), (command, result)
-            assert "Traceback" not in result.err and "{" not in result.out
+            assert result.code == 2 and re.search(message, result.err), (command, result)
+            assert result.err.count("\n") == 1 and "{" not in result.out, (command, result)
 
 
 def tokenizer_for(path: Path) -> transformers.PreTrainedTokenizerBase:
