@@ -2587,8 +2587,9 @@ class Block:
 
 
 def load_block(checkpoint: Checkpoint, config: PretrainedConfig, index: int, dtype, device) -> Block:
-    """Read one block's weights, each straight into its place on the device in the target dtype. UserError
-    where the checkpoint lacks a weight or has another shape than the config says."""
+    """Read one block's weights, each straight into its place on the device (a torch.device or its name) in
+    the target dtype: no second copy of one exists there. UserError where the checkpoint lacks a weight or has
+    another shape than the config says."""
     family, weights = family_of(config), {}
     spec, layer = family.spec(config, index), f"{family.layers}.{index}."
     within = re.compile(rf"(?:model\.|transformer\.)?{re.escape(layer)}(.+)")
@@ -2599,22 +2600,20 @@ def load_block(checkpoint: Checkpoint, config: PretrainedConfig, index: int, dty
     for (ours, parts), kind in itertools.product(family.names.items(), (".weight", ".bias")):
         experts = spec.experts if ours.startswith("experts") else 0
         theirs = [part.format(expert=i) for i, part in itertools.product(range(experts or 1), parts)]
-        names = [
-            next((stored[n + kind] for n in name.split("|") if n + kind in stored), None) for name in theirs
-        ]
+        names = [next(filter(stored.get, (n + kind for n in name.split("|"))), None) for name in theirs]
         if None in names:
             if kind == ".weight" and ours not in ("norm2", "q_norm", "k_norm"):  # those that some models lack
                 raise UserError(f"{checkpoint.name!r} lacks {layer}{theirs[names.index(None)]}{kind}")
             continue
-        shapes = [checkpoint.shape(name) for name in names]
+        shapes = [checkpoint.shape(stored[name]) for name in names]
         rows = [shape[0] for shape in shapes]
         whole = torch.empty(sum(rows), *shapes[0][1:], dtype=dtype, device=device)
-        places, sources = whole.split(rows), map(checkpoint.read, names)
+        places, sources = whole.split(rows), (checkpoint.read(stored[name]) for name in names)
         if ours == "qkv":
             came, wanted = list(whole.shape), [sum(sizes), spec.hidden][: whole.dim()]
             if came != wanted:
-                at = f"{checkpoint.name!r}, block {index}"
-                raise UserError(f"{at}: q, k, v are {came}, the config says {wanted}")
+                text = f"{checkpoint.name!r}, block {index}: q, k, v are {came}, the config says {wanted}"
+                raise UserError(text)
             if spec.fused_qkv:  # per key head its query heads, the key, the value -> all q, all k, all v
                 heads = zip(*(part.chunk(spec.kv_heads) for part in whole.split(sizes)), strict=True)
                 places = list(itertools.chain.from_iterable(heads))
@@ -2638,7 +2637,7 @@ class PagePool:
     def __init__(self, specs: dict[int, BlockSpec], tokens: int, dtype: torch.dtype, device):
         spec, self.count = next(iter(specs.values())), max(1, tokens // PAGE)
         size = 2, len(specs), self.count, PAGE, spec.kv_heads, spec.head_dim  # alike in all blocks of a model
-        self.pages = torch.zeros(size, dtype=dtype, device=device)
+        self.pages = torch.zeros(size, dtype=dtype, device=device)  # keys, then values
         self.k, self.v = (dict(zip(specs, half, strict=True)) for half in self.pages)
         self.free = bytearray(b"\1" * self.count)  # per page, 1: free
         self.waiting: deque[tuple[int, asyncio.Future]] = deque()  # pages wanted, in the order of asking
@@ -2656,7 +2655,7 @@ class PagePool:
         wanted = f"{need * PAGE} cache tokens ({rows} rows of {tokens})"
         if need > self.count:
             raise AllocationFailed(f"the session needs {wanted}, this server has only {total} in all")
-        turn = asyncio.get_running_loop().create_future()
+        turn = asyncio.get_running_loop().create_future()  # done once there is room and those before are in
         self.waiting.append((need, turn))
         self._wake()
         try:
@@ -3835,12 +3834,12 @@ DEMO_PROMPT = "What is photosynthesis? Explain it in two sentences."
 def _demo_checkpoint() -> Path:
     """The demo's checkpoint: at once if it is in the user's cache; else fetched (93 MB) and converted (20 s,
     1 GB of memory). It appears there in one rename, so what exists is complete."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "petals_min")
-    target = cache / DEMO_MODEL
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    target = Path(cache, "petals_min", DEMO_MODEL)
     try:
         if not target.is_dir():
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix="partial-", dir=cache) as build:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="partial-", dir=target.parent) as build:
                 converted = _convert_gguf(_fetch_gguf(Path(build)), Path(build, DEMO_MODEL))
                 if not target.is_dir():  # else another run was faster
                     converted.rename(target)

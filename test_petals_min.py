@@ -69,6 +69,7 @@ from hivemind.proto import runtime_pb2
 from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID
 from hivemind.utils.serializer import MSGPackSerializer
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import petals_min as pm
@@ -1563,6 +1564,28 @@ def test_a_block_is_loaded_in_the_dtype_and_on_the_device_that_one_asks_for(tmp_
     config.num_key_value_heads = 3
     with pytest.raises(ValueError, match="block 3.*the config says"):
         pm.load_block(checkpoint, config, 3, dtype, "cpu")
+
+
+class Operations(TorchDispatchMode):
+    """The names of the tensor operations that run within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.add(operation.name())
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon-40b", "mixtral"])
+def test_loading_a_block_makes_no_second_copy_of_a_weight(tmp_path, family):
+    """Each tensor of the file goes into its place in the block: fused q, k, v and experts too."""
+    save(make_model(family), tmp_path)
+    with Operations() as operations:
+        pm.load_block(pm.Checkpoint(tmp_path), AutoConfig.from_pretrained(tmp_path), 1, torch.bfloat16, "cpu")
+    assert "aten::copy_" in operations.names
+    assert not operations.names & {"aten::cat", "aten::stack", "aten::clone", "aten::_to_copy"}
 
 
 # ============================================================================================================
