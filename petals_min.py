@@ -1871,18 +1871,13 @@ class InferenceSession(transformers.Cache):
         self._terms: tuple = ()  # batch size and padding for which the routes were made
         # one; or where original Petals servers are needed, one for each padding
         self._routes: list[Route] = []
-        self._close = weakref.finalize(self, wire().soon, _close_all, self._routes)
+        # frees the servers' caches, also when the session is dropped; any thread, never waits
+        self.close = weakref.finalize(self, wire().soon, _close_all, self._routes)
 
     # ---- a transformers cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._position
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1 if self.max_length is None else self.max_length
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self._position + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last -n tokens off. A positive n is what this release of transformers makes of it: a new
@@ -1951,14 +1946,12 @@ class InferenceSession(transformers.Cache):
         """
         size = self.config.hidden_size
         fits = hidden.ndim == 3 and hidden.shape[2] == size and hidden.is_floating_point()
-        came = f"{list(hidden.shape)} {hidden.dtype}"
-        _require(fits, f"expected hidden states [batch, tokens, {size}], {came} came")
+        _require(fits, f"expected hidden states [B, T, {size}], {list(hidden.shape)} {hidden.dtype} came")
         _require(not self.closed, "this session is closed; open another with model.inference_session()")
         self._start_over_unless(len(hidden))
         self.max_length = self.max_length or min(2048, getattr(self.config, "max_position_embeddings", 2048))
         T, past, most = hidden.shape[1], self._position, self.max_length
-        exceeds = f"prefix {past} + current {T} exceeds pre-allocated maximum {most}"
-        _require(past + T <= most, f"Maximum length exceeded: {exceeds}")
+        _require(past + T <= most, f"prefix {past} + current {T} exceeds pre-allocated maximum {most} tokens")
         if prompts is not None:
             _require(prompts.shape[2] <= T, f"deep prompts of {prompts.shape[2]} tokens for a step of {T}")
         order = _then(self._reorder, _on_cpu(hypo_ids, torch.int64))
@@ -1976,11 +1969,7 @@ class InferenceSession(transformers.Cache):
 
     @property
     def closed(self) -> bool:
-        return not self._close.alive
-
-    def close(self) -> None:
-        """Free the servers' caches. Any thread; never waits."""
-        self._close()
+        return not self.close.alive
 
     def __enter__(self) -> InferenceSession:
         self._tokens.append(self._active.set(self))
@@ -2089,11 +2078,8 @@ class _RemoteForward(torch.autograd.Function):
     def forward(ctx, layers: RemoteSequential, hidden: Tensor, prompts: Tensor | None, left_pad) -> Tensor:
         local, prompts = _on_cpu(hidden), _on_cpu(prompts, hidden.dtype)
         most = max(1, MAX_BATCH_TOKENS // max(1, hidden.shape[1]))  # rows
-        ctx.places = [
-            (rows[first : first + most], slice(pad, None))
-            for pad, rows in _rows_by_padding(left_pad)
-            for first in range(0, len(rows), most)
-        ]
+        groups = [(slice(pad, None), torch.tensor(rows)) for pad, rows in _rows_by_padding(left_pad)]
+        ctx.places = [(part, tokens) for tokens, rows in groups for part in rows.split(most)]
         ctx.prompts = [_prompts_of(prompts, rows=rows) for rows, _ in ctx.places]
         ctx.layers, ctx.prompts_shape = layers, None if prompts is None else prompts.shape
         run = functools.partial(remote_forward, layers.router, layers.blocks)
@@ -2110,17 +2096,18 @@ class _RemoteForward(torch.autograd.Function):
         done = wire().call(_together(map(run, ctx.trails, parts, ctx.prompts)))
         for_hidden = _put_together(local, ctx.places, [inputs for inputs, _ in done])
         if ctx.needs_input_grad[2]:  # servers answer a gradient per row, also for prompts that all rows share
-            rows = torch.tensor([row for rows, _ in ctx.places for row in rows])
-            for_prompts = torch.cat([prompts for _, prompts in done], dim=1)[:, rows.argsort()]
+            order = torch.cat([rows for rows, _ in ctx.places]).argsort()
+            for_prompts = torch.cat([prompts for _, prompts in done], dim=1)[:, order]
             for_prompts = for_prompts.sum_to_size(ctx.prompts_shape).to(grad.device)
         return None, for_hidden.to(grad.device, grad.dtype), for_prompts, None
 
 
+Prompts = Tensor | None  # [blocks, B or 1, P, H]
 Trail = list[tuple[Span, Tensor]]  # the servers that a forward pass took, each with its input
 
 
 async def remote_forward(
-    router: Router, blocks: range, hidden: Tensor, prompts: Tensor | None
+    router: Router, blocks: range, hidden: Tensor, prompts: Prompts
 ) -> tuple[Tensor, Trail]:
     """Carry [B, T, H] through the blocks, from server to server."""
     trail, at, attempt = [], blocks.start, 0
@@ -2138,9 +2125,7 @@ async def remote_forward(
     return hidden, trail
 
 
-async def remote_backward(
-    router: Router, first: int, trail: Trail, grad: Tensor, prompts: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+async def remote_backward(router: Router, first: int, trail: Trail, grad: Tensor, prompts: Prompts) -> tuple:
     """Gradients of the inputs [B, T, H] and of the prompts [blocks from `first` on, B, P, H]. Where a server
     of the trail is lost, its part is computed forward again elsewhere."""
     trail, attempt, prompt_grads = list(trail), 0, []
@@ -2157,9 +2142,7 @@ async def remote_backward(
     return grad, torch.cat(prompt_grads) if prompt_grads else None
 
 
-async def _request(
-    router: Router, span: Span, rpc: str, tensors: list[Tensor], prompts: Tensor | None
-) -> list[Tensor]:
+async def _request(router: Router, span: Span, rpc: str, tensors: list, prompts: Prompts) -> list[Tensor]:
     """One forward or backward request; its answer's first tensor has the shape of the request's first."""
     uid = " ".join(block_uids(router.prefix, span.start, span.end))
     metadata = {"points": 0.0, "active_adapter": router.config.active_adapter}
@@ -2211,19 +2194,14 @@ class _Distributed:
         safetensors.
         """
         name = os.fspath(model_name_or_path)
-        kwargs.pop("low_cpu_mem_usage", None)
-        dtype = kwargs.pop("torch_dtype", None)
-        dtype = parse_dtype(kwargs.pop("dtype", dtype))
+        dtype = parse_dtype(kwargs.pop("dtype", kwargs.pop("torch_dtype", None))) or "auto"
         config, ours = load_config(name, kwargs), cls.config_class.model_type
-        its = config.model_type
-        _require(its == ours, f"{name!r} is a {its}: {cls.__name__} loads {ours}")
+        _require(config.model_type == ours, f"{name!r} is a {config.model_type}: {cls.__name__} loads {ours}")
         hub = {key: kwargs.pop(key, None) for key in ("token", "revision", "cache_dir")}
-        checkpoint = Checkpoint(name, **hub)
         with torch.device("meta"):
             wanted = cls(config).state_dict()
-        tensors, some = checkpoint.select(wanted, f"{cls.base_model_prefix}."), ", ".join(list(wanted)[:3])
-        _require(tensors, f"{name!r} holds none of {cls.__name__}'s own tensors ({some}, …)")
-        dtype = dtype or parse_dtype(config.dtype) or checkpoint.dtype()
+        tensors = Checkpoint(name, **hub).select(wanted, f"{cls.base_model_prefix}.")
+        _require(tensors, f"{name!r} holds none of {cls.__name__}'s own tensors ({next(iter(wanted))}, …)")
         model = super().from_pretrained(None, *args, config=config, state_dict=tensors, dtype=dtype, **kwargs)
         if model.can_generate():
             with contextlib.suppress(OSError):  # many models have no generation_config.json
@@ -2242,9 +2220,8 @@ class _Distributed:
 
 
 def _as_session(cache: Any) -> InferenceSession | None:
-    wanted, kind = "a session of model.inference_session(), or nothing", type(cache).__name__
-    fits = cache is None or isinstance(cache, InferenceSession)
-    _require(fits, f"past_key_values is a {kind}: expected {wanted}")
+    came, fits = type(cache).__name__, isinstance(cache, InferenceSession | None)
+    _require(fits, f"past_key_values is a {came}: expected a model.inference_session(), or nothing")
     return cache
 
 
@@ -2262,11 +2239,8 @@ class _Base(_Distributed):
         embeds, layers = given.get("inputs_embeds"), self.remote
         _require((input_ids is None) != (embeds is None), "give either input_ids or inputs_embeds")
         extras = ("output_attentions", "output_hidden_states", "output_router_logits")
-        _require(
-            not any(given.get(name, getattr(self.config, name, False)) for name in extras),
-            "attentions, router logits and hidden states of remote blocks stay on their servers; "
-            "supported is the last hidden state, or layers[:k] for the state after block k",
-        )
+        asked = [name for name in extras if given.get(name, getattr(self.config, name, False))]
+        _require(not asked, f"{asked} stay on the servers; layers[:k] computes the hidden states of block k")
         session = _as_session(past_key_values) or layers.active_session.get()
         if session is None and given.get("use_cache"):
             session = layers.inference_session()
@@ -2281,8 +2255,7 @@ class _Base(_Distributed):
                 session.set_left_pad(left_pad)
             hidden = session.step(hidden)
         # this type has every field that a family's head reads: Mixtral's its router_logits
-        kind = transformers.modeling_outputs.MoeModelOutputWithPast
-        output = kind(last_hidden_state=self.ln_f(hidden), past_key_values=session)
+        output = transformers.modeling_outputs.MoeModelOutputWithPast(self.ln_f(hidden), session)
         return output.to_tuple() if given.get("return_dict") is False else output
 
 
@@ -2290,19 +2263,16 @@ def _left_pad(mask: Tensor | None, position_ids: Tensor | None, hidden: Tensor, 
     """How many tokens each row of a 0/1 mask [B, past + T] has before its first 1. Zeros at the right end
     need nothing (attention is causal). UserError for zeros inside a row, and for positions that skip or
     repeat some."""
-    B, T, _ = hidden.shape
-    first, places = torch.zeros(B, 1, dtype=torch.int64), torch.arange(past + T)
-    if mask is not None:
-        ones, due = mask.to("cpu").bool(), [B, past + T]
-        came = list(ones.shape)
-        _require(came == due, f"attention_mask is {came}, expected {due} of zeros and ones")
-        first, count = ones.int().argmax(1, keepdim=True), ones.sum(1, keepdim=True)
-        whole = count.all() and torch.equal(ones, (places >= first) & (places < first + count))
-        _require(whole, "attention_mask: expected rows of zeros, then ones, then zeros (left, right padding)")
+    due, places = (len(hidden), past + hidden.shape[1]), torch.arange(past + hidden.shape[1])
+    ones = torch.ones(due, dtype=torch.bool) if mask is None else mask.to("cpu").bool()
+    _require(ones.shape == due, f"attention_mask is {tuple(ones.shape)}, expected {due} of zeros and ones")
+    first, count = (ones.cumsum(1) == 0).sum(1, keepdim=True), ones.sum(1, keepdim=True)
+    whole = torch.equal(ones, (places >= first) & (places < first + count)) and (mask is None or count.all())
+    _require(whole, "attention_mask: expected rows of zeros, then ones, then zeros (left, right padding)")
     if position_ids is not None:
         given, plain = position_ids.to("cpu"), places[past:]
         ways = plain, (plain - first).clamp(min=0)
-        fits = given.shape[-1] == T and any(bool((given == way).all()) for way in ways)
+        fits = given.shape[-1] == len(plain) and any((given == way).all() for way in ways)
         _require(fits, "position_ids: expected tokens one after the other, padding not counted")
     return first.flatten().tolist() if first.any() else []
 
@@ -2316,11 +2286,8 @@ class _CausalLM(_Distributed):
         nothing new), and only what this call adds is returned. Else a session is opened for this call and
         closed after it."""
         inputs = kwargs.pop("input_ids", inputs)
+        kwargs["use_cache"] = True  # whatever was asked for: the servers' cache costs the client nothing
         cache, embeds = _as_session(kwargs.pop("past_key_values", None)), kwargs.get("inputs_embeds")
-        local_cache = kwargs.get("cache_implementation") is not None
-        _require(not local_cache, "cache_implementation: the cache is on the servers; leave it out")
-        if kwargs.get("use_cache") is False:
-            return super().generate(inputs, *args, **kwargs)
         session, seen = cache or session or self.remote.active_session.get(), 0
         fits = embeds is None or session is None or not session.position
         _require(fits, "inputs_embeds: only a session at position 0 can begin with them; give ids")
@@ -2334,23 +2301,24 @@ class _CausalLM(_Distributed):
             if not plain:
                 ours.pop_all()  # the result holds the session: it is closed when it is dropped
         sequences = result if plain else result.sequences
+        rows, pads = len(sequences), session.left_pad
+        if session.reordered or rows != session.batch_size_:  # the caches hold other beams: they start over
+            session.reset()
+        session.left_pad = [pads[row * len(pads) // rows] for row in range(rows)] if pads else []
         # what came as embeddings has stand-ins for its ids
         ahead = embeds.shape[1] if inputs is None and embeds is not None else 0
-        self._remember(session, F.pad(sequences, (ahead, 0)))
+        session.output_ids = F.pad(sequences, (ahead, 0))
         if plain:
             return sequences[:, seen:]
         result.sequences = sequences[:, seen:]
         return result
 
-    def _resume(
-        self, session: InferenceSession, inputs: Tensor | None, kwargs: dict
-    ) -> tuple[Tensor | None, int]:
+    def _resume(self, session: InferenceSession, inputs: Tensor | None, kwargs: dict) -> tuple:
         """Put the session's text so far before the inputs, and its mask before theirs; returns also its
         length."""
         past, given = session.output_ids, kwargs.get("attention_mask")
         if past is None:  # tokens that came as hidden states have stand-ins for their ids
-            rows = session.batch_size_ or 1
-            past = torch.zeros(rows, session.position, dtype=torch.int64, device=self.device)
+            past = torch.zeros(session.batch_size_ or 1, session.position, dtype=int, device=self.device)
         if inputs is not None and len(inputs) != len(past):  # another batch: nothing to go on from
             past = inputs[:, :0]
         whole = past if inputs is None else torch.cat([past, inputs.to(past.device)], dim=1)
@@ -2368,24 +2336,13 @@ class _CausalLM(_Distributed):
         kwargs["attention_mask"] = mask
         return whole, past.shape[1]
 
-    @staticmethod
-    def _remember(session: InferenceSession, sequences: Tensor) -> None:
-        """Keep the text for the next call. After a beam search the caches hold other beams: they start
-        over."""
-        rows, pads = len(sequences), session.left_pad
-        if session.reordered or rows != session.batch_size_:
-            session.reset()
-        session.left_pad = [pads[row * len(pads) // rows] for row in range(rows)] if pads else []
-        session.output_ids = sequences
-
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        session = model_kwargs.get("past_key_values")
-        if isinstance(session, InferenceSession) and session.max_length is None:
-            # prompt lookup may look past the end of the text; an assistant is called again and again
-            ahead = generation_config.prompt_lookup_num_tokens or 0
-            ahead += 2048 if getattr(generation_config, "is_assistant", False) else 0
-            session.max_length = args[-1] + 1 + ahead  # the last argument is max_cache_length
+        session, max_cache_length = model_kwargs["past_key_values"], args[-1]
+        # prompt lookup may look past the end of the text; an assistant is called again and again
+        ahead = 2048 if getattr(generation_config, "is_assistant", False) else 0
+        ahead += generation_config.prompt_lookup_num_tokens or 0
+        session.max_length = session.max_length or max_cache_length + 1 + ahead
 
 
 _KINDS = {"Model": _Base, "ForCausalLM": _CausalLM, "ForSequenceClassification": _Distributed}
