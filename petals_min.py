@@ -1902,9 +1902,7 @@ class InferenceSession(transformers.Cache):
         return len(self.blocks)
 
     def __repr__(self) -> str:
-        route = ", ".join(map(str, self.route)) or "not opened"
-        blocks = f"blocks {self.blocks.start}:{self.blocks.stop}"
-        return f"InferenceSession({self._position} of {self.max_length} tokens, {blocks}: {route})"
+        return f"InferenceSession({self.position} of {self.max_length} tokens, {self.blocks}, {self.route})"
 
     # ---- Petals' session
 
@@ -2054,8 +2052,7 @@ class RemoteSequential(nn.Module):
         return copy.copy(self)  # the same servers, and our one connection to them
 
     def extra_repr(self) -> str:
-        blocks = f"{self.blocks.start}:{self.blocks.stop} of {num_blocks(self.config)}"
-        return f"{self.config.dht_prefix}, blocks {blocks}, remote"
+        return f"{self.config.dht_prefix}, remote blocks {self.blocks.start}:{self.blocks.stop}"
 
     def inference_session(self, max_length: int | None = None, **kwargs: Any) -> InferenceSession:
         """A session over these blocks for at most `max_length` tokens per row."""
@@ -2084,8 +2081,7 @@ class _RemoteForward(torch.autograd.Function):
         ctx.layers, ctx.prompts_shape = layers, None if prompts is None else prompts.shape
         run = functools.partial(remote_forward, layers.router, layers.blocks)
         done = wire().call(_together(map(run, [local[place] for place in ctx.places], ctx.prompts)))
-        ctx.trails = [trail for _, trail in done]
-        outputs = [output for output, _ in done]
+        outputs, ctx.trails = zip(*done, strict=True)
         return _put_together(local, ctx.places, outputs).to(hidden.device, hidden.dtype)
 
     @staticmethod
@@ -2106,10 +2102,8 @@ Prompts = Tensor | None  # [blocks, B or 1, P, H]
 Trail = list[tuple[Span, Tensor]]  # the servers that a forward pass took, each with its input
 
 
-async def remote_forward(
-    router: Router, blocks: range, hidden: Tensor, prompts: Prompts
-) -> tuple[Tensor, Trail]:
-    """Carry [B, T, H] through the blocks, from server to server."""
+async def remote_forward(router: Router, blocks: range, hidden: Tensor, prompts: Prompts) -> tuple:
+    """Carry [B, T, H] through the blocks, from server to server; returns the output and the Trail."""
     trail, at, attempt = [], blocks.start, 0
     while at < blocks.stop:
         try:
