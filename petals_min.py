@@ -75,6 +75,7 @@ import json
 import logging
 import math
 import multiprocessing
+import operator
 import os
 import random
 import re
@@ -1840,8 +1841,33 @@ class Route:
 # ============================================================================================================
 
 
+def _require(holds: Any, otherwise: str) -> None:
+    """Every check of what a user asks for: UserError unless it holds."""
+    if not holds:
+        raise UserError(otherwise)
+
+
+def _on_cpu(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """What may go to the wire thread, or stay there."""
+    return None if tensor is None else tensor.detach().to("cpu", dtype)
+
+
+def _put_together(like: Tensor, places: Iterable[Any], parts: Iterable[Tensor]) -> Tensor:
+    """A tensor shaped as `like`: the parts at their places (indices), zeros elsewhere, that is at padding."""
+    whole = torch.zeros_like(like)
+    for place, part in zip(places, parts, strict=True):
+        whole[place] = part.to(whole.dtype)
+    return whole
+
+
+def _close_all(routes: list[Route]) -> None:
+    """Wire thread."""
+    for route in routes:
+        route.close()
+
+
 class InferenceSession(transformers.Cache):
-    """The attention caches of one batch of sequences on the servers that hold blocks start..end-1.
+    """The attention caches of one batch of sequences on the servers that hold `blocks`.
 
     To transformers it is a cache: `get_seq_length`, `crop`, `reorder_cache`. To its user it is Petals'
     session: `step`, `position`, `max_length`, `close`, a context manager. Public methods may be called from
@@ -1851,76 +1877,56 @@ class InferenceSession(transformers.Cache):
     first tokens are padding, which no server computes (PROTOCOL.md, "What petals_min adds").
     """
 
-    is_compileable = False
-    is_croppable = True
-
     def __init__(self, layers: RemoteSequential, max_length: int | None = None, left_pad: Sequence[int] = ()):
         super().__init__(layers=[])
         # fixed when opened
-        self.router, self.config = layers.router, layers.config
-        self.start, self.end = layers.start, layers.end
+        self.router, self.config, self.blocks = layers.router, layers.config, layers.blocks
         self.max_length, self.left_pad = max_length, list(left_pad)
         self.batch_size_: int | None = None
         # between steps; a step that succeeds sets the first two, in the wire thread
         self._position = 0
         self._reorder: Tensor | None = None  # rows [B] to take at the next step: composed beam_idx
-        self.reordered = (
-            False  # since position 0: the rows may then differ from the text that `generate` returned
-        )
+        # since position 0: the rows may then differ from the text that `generate` returned
+        self.reordered = False
         self.output_ids: Tensor | None = None  # [B, tokens] of the `generate` calls so far
         self._active, self._tokens = layers.active_session, []
         # owned by the wire thread
         self._lock = asyncio.Lock()
         self._terms: tuple = ()  # batch size and padding for which the routes were made
-        self._routes: list[
-            Route
-        ] = []  # one; or where original Petals servers are needed, one for each padding
-        self._close = weakref.finalize(self, InferenceSession._close_soon, wire(), self._routes)
+        # one; or where original Petals servers are needed, one for each padding
+        self._routes: list[Route] = []
+        # frees the servers' caches, also when the session is dropped; any thread, never waits
+        self.close = weakref.finalize(self, wire().soon, _close_all, self._routes)
 
     # ---- a transformers cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._position
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1 if self.max_length is None else self.max_length
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self._position + query_length, 0
-
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last -n tokens off. A positive n is what this release of transformers makes of it: a new
-        length up to 5.17, an error from 5.18 on."""
-        count = int(tokens_to_remove)
-        if count > 0:
-            if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 18):
-                raise ValueError(f"crop({count}): give a negative number, of tokens to remove")
-            count = min(0, count - self._position)
-        self.position = max(0, self._position + count)
+        length up to 5.17, an error from 5.18 on. So a cache of its own says what is left."""
+        cache = transformers.DynamicCache()
+        cache.update(*torch.empty(2, 1, 1, self._position, 1), layer_idx=0)
+        cache.crop(tokens_to_remove)
+        self.position = cache.get_seq_length()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._reorder = _then(self._reorder, beam_idx.detach().to("cpu", torch.int64))
-        self.reordered = True
+        self._reorder, self.reordered = _then(self._reorder, _on_cpu(beam_idx, torch.int64)), True
 
     def reset(self) -> None:
         self.position = 0
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise UserError("a session keeps its batch size while it holds tokens; repeat the inputs instead")
+    def batch_select_indices(self, indices: Any) -> None:
+        raise UserError("a session keeps its batch size while it holds tokens; repeat or select the inputs")
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        raise UserError("a session keeps its batch size while it holds tokens; use reorder_cache")
+    batch_repeat_interleave = batch_select_indices
 
     def __len__(self) -> int:
-        return self.end - self.start
-
-    def __bool__(self) -> bool:
-        return True
+        return len(self.blocks)
 
     def __repr__(self) -> str:
-        route = ", ".join(map(str, self.route)) or "not opened"
-        tokens = f"{self._position} of {self.max_length} tokens"
-        return f"InferenceSession({tokens}, blocks {self.start}:{self.end}: {route})"
+        return f"InferenceSession({self.position} of {self.max_length} tokens, {self.blocks}, {self.route})"
 
     # ---- Petals' session
 
@@ -1931,21 +1937,19 @@ class InferenceSession(transformers.Cache):
 
     @position.setter
     def position(self, position: int) -> None:
-        if not 0 <= position <= self._position:
-            raise UserError(f"position {position}: a session of {self._position} tokens can only go back")
+        past = self._position
+        _require(0 <= position <= past, f"position {position}: a session of {past} tokens can only go back")
         if position == 0:
             self._reorder, self.reordered = None, False
-        if position != self._position and self.output_ids is not None:
+        if position != past and self.output_ids is not None:
             self.output_ids = self.output_ids[:, :position]
         self._position = position
 
     def set_left_pad(self, left_pad: Sequence[int]) -> None:
         """Say how many of each row's first tokens are padding: before the first of them is sent."""
         left_pad = list(left_pad) if any(left_pad) else []
-        if self._position and left_pad != self.left_pad:
-            raise UserError(
-                f"the padding of a session's rows is fixed: {self.left_pad} so far, now {left_pad}"
-            )
+        free = not self._position or left_pad == self.left_pad
+        _require(free, f"the padding of a session's rows is fixed: {self.left_pad} so far, now {left_pad}")
         self.left_pad = left_pad
 
     @property
@@ -1962,52 +1966,32 @@ class InferenceSession(transformers.Cache):
         sent; PeerError or MissingBlocksError when `max_retries` are spent: the session then stands where it
         stood.
         """
-        size, past = self.config.hidden_size, self._position
-        if hidden.ndim != 3 or hidden.shape[2] != size or not hidden.is_floating_point():
-            came = f"{list(hidden.shape)} {hidden.dtype}"
-            raise UserError(f"expected hidden states [batch, tokens, {size}], {came} came")
-        B, T, _ = hidden.shape
-        if self.closed:
-            raise UserError(
-                "this session is closed; open another with model.inference_session(max_length=...)"
-            )
-        if self._starts_over(B):
-            past = 0
-        if self.max_length is None:
-            self.max_length = min(2048, getattr(self.config, "max_position_embeddings", 2048))
-        if past + T > self.max_length:
-            raise UserError(
-                f"Maximum length exceeded: prefix {past} + current {T} exceeds pre-allocated maximum "
-                f"{self.max_length}"
-            )
-        if prompts is not None and prompts.shape[2] > T:
-            raise UserError(f"deep prompts of {prompts.shape[2]} tokens for a step of {T}")
-        order = self._reorder
-        if hypo_ids is not None:
-            order = _then(order, hypo_ids.detach().to("cpu", torch.int64))
+        size = self.config.hidden_size
+        fits = hidden.ndim == 3 and hidden.shape[2] == size and hidden.is_floating_point()
+        _require(fits, f"expected hidden states [B, T, {size}], {list(hidden.shape)} {hidden.dtype} came")
+        _require(not self.closed, "this session is closed; open another with model.inference_session()")
+        self._start_over_unless(len(hidden))
+        self.max_length = self.max_length or min(2048, getattr(self.config, "max_position_embeddings", 2048))
+        T, past, most = hidden.shape[1], self._position, self.max_length
+        _require(past + T <= most, f"prefix {past} + current {T} exceeds pre-allocated maximum {most} tokens")
+        if prompts is not None:
+            _require(prompts.shape[2] <= T, f"deep prompts of {prompts.shape[2]} tokens for a step of {T}")
+        order = _then(self._reorder, _on_cpu(hypo_ids, torch.int64))
         if order is not None and torch.equal(order, torch.arange(len(order))):
             order = None
-        local = hidden.detach().to("cpu")
-        prompts = None if prompts is None else prompts.detach().to("cpu", local.dtype)
-        self.batch_size_ = B
-        return wire().call(self._run(Step(past, local, prompts, order))).to(hidden.device, hidden.dtype)
+        step = Step(past, _on_cpu(hidden), _on_cpu(prompts, hidden.dtype), order)
+        self.batch_size_ = len(hidden)
+        return wire().call(self._run(step)).to(hidden.device, hidden.dtype)
 
-    def _starts_over(self, rows: int) -> bool:
-        """With another batch size a session starts over at position 0."""
-        other = self._position > 0 and self.batch_size_ != rows
-        if other:
+    def _start_over_unless(self, rows: int) -> None:
+        """With another batch size than its own a session starts over at position 0."""
+        if self._position and self.batch_size_ != rows:
             logger.warning("a session of %d rows gets %d: it starts over", self.batch_size_, rows)
-            self.reset()
-            self.left_pad = []
-        return other
+            self.position, self.left_pad = 0, []
 
     @property
     def closed(self) -> bool:
-        return not self._close.alive
-
-    def close(self) -> None:
-        """Free the servers' caches. Any thread; never waits."""
-        self._close()
+        return not self.close.alive
 
     def __enter__(self) -> InferenceSession:
         self._tokens.append(self._active.set(self))
@@ -2017,46 +2001,32 @@ class InferenceSession(transformers.Cache):
         self._active.reset(self._tokens.pop())
         self.close()
 
-    @staticmethod
-    def _close_soon(thread: Wire, routes: list[Route]) -> None:
-        for route in list(routes):
-            thread.soon(route.close)
-
     # ---- in the wire thread
 
     async def _run(self, step: Step) -> Tensor:
         async with self._lock:
             terms = (len(step.hidden), tuple(self.left_pad))
             if terms != self._terms:  # the caches are empty then: `step` and `set_left_pad` saw to it
-                for route in self._routes:
-                    route.close()
+                _close_all(self._routes)
                 self._routes[:], self._terms = await self._plan(len(step.hidden)), terms
             shares = [route.share(step) for route in self._routes]
-            outputs = await _together(
-                [route.run(share) for route, share in zip(self._routes, shares, strict=True)]
-            )
+            outputs = await _together(map(Route.run, self._routes, shares))
             self._position, self._reorder = step.end, None
-        if len(outputs) == 1:
-            return outputs[0]
-        whole = torch.zeros_like(step.hidden)
-        for route, output in zip(self._routes, outputs, strict=True):
-            whole[route.rows, whole.shape[1] - output.shape[1] :] = output.to(whole.dtype)
-        return whole
+        places = [(route.rows, slice(max(0, route.skip - step.start), None)) for route in self._routes]
+        return _put_together(step.hidden, places, outputs)
 
     async def _plan(self, rows: int) -> list[Route]:
         """One route for all rows; where some block has only servers that know no `left_pad` (original
         Petals), one unpadded route for the rows of each padding."""
-        blocks = range(self.start, self.end)
-        route = Route(self.router, blocks, range(rows), self.max_length, self.left_pad)
+        make = functools.partial(Route, self.router, self.blocks)
+        route = make(range(rows), self.max_length, self.left_pad)
         if any(self.left_pad):
             await self.router.refresh(max_age=self.config.update_period)
             try:
-                self.router.fastest(self.start, self.end, needs=route.fits)
+                self.router.fastest(self.blocks.start, self.blocks.stop, needs=route.fits)
             except MissingBlocksError:
                 groups = _rows_by_padding(self.left_pad)
-                return [
-                    Route(self.router, blocks, its, self.max_length - pad, skip=pad) for pad, its in groups
-                ]
+                return [make(its, self.max_length - pad, skip=pad) for pad, its in groups]
         return [route]
 
 
@@ -2068,7 +2038,7 @@ MAX_BATCH_TOKENS = 1024  # tokens in one forward or backward request
 
 
 class RemoteSequential(nn.Module):
-    """Blocks start..end-1 of a model, on the swarm's servers. It has no parameters.
+    """Consecutive blocks of a model, on the swarm's servers. It has no parameters.
 
     In a session (`inference_session`) a call runs the session's next step; outside of one it is a
     differentiable forward pass: [B, T, H] -> [B, T, H]. `layers[3:5]` is a RemoteSequential too; iterating
@@ -2077,8 +2047,7 @@ class RemoteSequential(nn.Module):
 
     def __init__(self, config: PretrainedConfig, *, dht: Any = None, start: int = 0, end: int | None = None):
         super().__init__()
-        self.config, self.start = config, start
-        self.end = num_blocks(config) if end is None else end
+        self.config, self.blocks = config, range(num_blocks(config))[start:end]
         # shared with slices, which are shallow copies
         self._dht, self._opening = dht, threading.Lock()
         self._routers: list[Router] = []  # one, once it is needed
@@ -2093,27 +2062,21 @@ class RemoteSequential(nn.Module):
             return self._routers[0]
 
     def __len__(self) -> int:
-        return self.end - self.start
+        return len(self.blocks)
 
     def __getitem__(self, key: int | slice) -> RemoteSequential:
-        chosen = range(self.start, self.end)[key]
+        chosen = self.blocks[key]  # an IndexError ends an iteration
         chosen = range(chosen, chosen + 1) if isinstance(chosen, int) else chosen
-        if chosen.step != 1 or not chosen:
-            raise UserError(f"blocks [{key}]: expected a non-empty run of consecutive blocks")
+        _require(chosen and chosen.step == 1, f"blocks [{key}]: expected a non-empty run of consecutive ones")
         part = copy.copy(self)
-        part.start, part.end = chosen.start, chosen.stop
+        part.blocks = chosen
         return part
-
-    def __iter__(self):
-        return (self[index] for index in range(len(self)))
 
     def __deepcopy__(self, memo: dict) -> RemoteSequential:
         return copy.copy(self)  # the same servers, and our one connection to them
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.config.dht_prefix}, blocks {self.start}:{self.end} of {num_blocks(self.config)}, remote"
-        )
+        return f"{self.config.dht_prefix}, remote blocks {self.blocks.start}:{self.blocks.stop}"
 
     def inference_session(self, max_length: int | None = None, **kwargs: Any) -> InferenceSession:
         """A session over these blocks for at most `max_length` tokens per row."""
@@ -2123,100 +2086,86 @@ class RemoteSequential(nn.Module):
         """[B, T, H] -> [B, T, H]. prompts: [blocks, B or 1, P, H], added to the first P positions of each
         block's input. left_pad: per row, how many tokens at the left are padding; they come back as zeros."""
         session = self.active_session.get()
-        if session is not None and (session.start, session.end) == (self.start, self.end):
+        if session is not None and session.blocks == self.blocks:
             return session.step(hidden, prompts)
-        if not any(left_pad):
-            return _RemoteForward.apply(self, hidden, prompts)
-        output = torch.zeros_like(hidden)
-        for pad, rows in _rows_by_padding(left_pad):
-            part = _RemoteForward.apply(self, hidden[rows, pad:], _prompts_of(prompts, rows=rows))
-            indices = (torch.tensor(rows, device=hidden.device),)
-            output = output.index_put(indices, F.pad(part, (0, 0, pad, 0)))
-        return output
+        return _RemoteForward.apply(self, hidden, prompts, left_pad or [0] * len(hidden))
 
 
 class _RemoteForward(torch.autograd.Function):
-    """Blocks of the swarm as one differentiable operation. The batch goes in parts of at most
-    MAX_BATCH_TOKENS tokens, all under way at once, each over its own route."""
+    """Blocks of the swarm as one differentiable operation. The batch goes in parts of equally padded rows, of
+    at most MAX_BATCH_TOKENS tokens, all under way at once, each over its own route."""
 
     @staticmethod
-    def forward(ctx, layers: RemoteSequential, hidden: Tensor, prompts: Tensor | None) -> Tensor:
-        local = hidden.detach().to("cpu")
-        given = None if prompts is None else prompts.detach().to("cpu", local.dtype)
-        ctx.layers, ctx.rows = layers, max(1, MAX_BATCH_TOKENS // max(1, hidden.shape[1]))
-        firsts = range(0, len(local), ctx.rows)
-        ctx.prompts = [_prompts_of(given, rows=slice(first, first + ctx.rows)) for first in firsts]
-        ctx.broadcast = given is not None and given.shape[1] == 1
-        parts = zip(local.split(ctx.rows), ctx.prompts, strict=True)
-        router = layers.router
-        done = wire().call(
-            _together([remote_forward(router, *part, layers.start, layers.end) for part in parts])
-        )
-        ctx.trails = [trail for _, trail in done]
-        return torch.cat([output for output, _ in done]).to(hidden.device, hidden.dtype)
+    def forward(ctx, layers: RemoteSequential, hidden: Tensor, prompts: Tensor | None, left_pad) -> Tensor:
+        local, prompts = _on_cpu(hidden), _on_cpu(prompts, hidden.dtype)
+        most = max(1, MAX_BATCH_TOKENS // max(1, hidden.shape[1]))  # rows
+        groups = [(slice(pad, None), torch.tensor(rows)) for pad, rows in _rows_by_padding(left_pad)]
+        ctx.places = [(part, tokens) for tokens, rows in groups for part in rows.split(most)]
+        ctx.prompts = [_prompts_of(prompts, rows=rows) for rows, _ in ctx.places]
+        ctx.layers, ctx.prompts_shape = layers, None if prompts is None else prompts.shape
+        run = functools.partial(remote_forward, layers.router, layers.blocks)
+        done = wire().call(_together(map(run, [local[place] for place in ctx.places], ctx.prompts)))
+        outputs, ctx.trails = zip(*done, strict=True)
+        return _put_together(local, ctx.places, outputs).to(hidden.device, hidden.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        router, start = ctx.layers.router, ctx.layers.start
-        parts = zip(ctx.trails, grad.detach().to("cpu").split(ctx.rows), ctx.prompts, strict=True)
-        done = wire().call(_together([remote_backward(router, *part, start) for part in parts]))
-        for_prompts = None
+        local, for_prompts = _on_cpu(grad), None
+        run = functools.partial(remote_backward, ctx.layers.router, ctx.layers.blocks.start)
+        parts = [local[place] for place in ctx.places]
+        done = wire().call(_together(map(run, ctx.trails, parts, ctx.prompts)))
+        for_hidden = _put_together(local, ctx.places, [inputs for inputs, _ in done])
         if ctx.needs_input_grad[2]:  # servers answer a gradient per row, also for prompts that all rows share
-            for_prompts = torch.cat([prompts for _, prompts in done], dim=1).to(grad.device)
-            for_prompts = for_prompts.sum(1, keepdim=True) if ctx.broadcast else for_prompts
-        return None, torch.cat([inputs for inputs, _ in done]).to(grad.device, grad.dtype), for_prompts
+            order = torch.cat([rows for rows, _ in ctx.places]).argsort()
+            for_prompts = torch.cat([prompts for _, prompts in done], dim=1)[:, order]
+            for_prompts = for_prompts.sum_to_size(ctx.prompts_shape).to(grad.device)
+        return None, for_hidden.to(grad.device, grad.dtype), for_prompts, None
 
 
-async def remote_forward(
-    router: Router, hidden: Tensor, prompts: Tensor | None, start: int, end: int
-) -> tuple[Tensor, list[tuple[Span, Tensor]]]:
-    """Carry [B, T, H] through blocks start..end-1; returns the output and, for each server, its span and
-    input."""
-    trail, at, value, attempt = [], start, hidden, 0
-    while at < end:
+Prompts = Tensor | None  # [blocks, B or 1, P, H]
+Trail = list[tuple[Span, Tensor]]  # the servers that a forward pass took, each with its input
+
+
+async def remote_forward(router: Router, blocks: range, hidden: Tensor, prompts: Prompts) -> tuple:
+    """Carry [B, T, H] through the blocks, from server to server; returns the output and the Trail."""
+    trail, at, attempt = [], blocks.start, 0
+    while at < blocks.stop:
         try:
             await router.refresh(max_age=router.config.update_period, wait=False)
-            span = router.spread(at, end)[0]
-            part = _prompts_of(prompts, slice(at - start, span.end - start))
-            output, *_ = await _request(router, span, "rpc_forward", [value], part)
-            trail.append((span, value))
-            value, at, attempt = output, span.end, 0
+            span = router.spread(at, blocks.stop)[0]
+            part = _prompts_of(prompts, slice(at - blocks.start, span.end - blocks.start))
+            output, *_ = await _request(router, span, "rpc_forward", [hidden], part)
+            trail.append((span, hidden))
+            hidden, at, attempt = output, span.end, 0
         except (PeerError, MissingBlocksError) as error:
             attempt += 1
-            await _before_retry(router, attempt, error, f"forward of blocks {at}:{end}")
-    return value, trail
+            await _before_retry(router, attempt, error, f"forward of blocks {at}:{blocks.stop}")
+    return hidden, trail
 
 
-async def remote_backward(
-    router: Router, trail: list[tuple[Span, Tensor]], grad: Tensor, prompts: Tensor | None, first: int
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the inputs [B, T, H] and of the prompts [blocks, B, P, H]. Where a server of the trail is
-    lost, its part is computed forward again elsewhere."""
+async def remote_backward(router: Router, first: int, trail: Trail, grad: Tensor, prompts: Prompts) -> tuple:
+    """Gradients of the inputs [B, T, H] and of the prompts [blocks from `first` on, B, P, H]. Where a server
+    of the trail is lost, its part is computed forward again elsewhere."""
     trail, attempt, prompt_grads = list(trail), 0, []
     while trail:
-        span, value = trail.pop()
+        span, hidden = trail.pop()
         part = _prompts_of(prompts, slice(span.start - first, span.end - first))
         try:
-            grad, *its_prompts = await _request(router, span, "rpc_backward", [value, grad], part)
-            prompt_grads.extend(its_prompts)
-            attempt = 0
+            grad, *its_prompts = await _request(router, span, "rpc_backward", [hidden, grad], part)
+            prompt_grads, attempt = its_prompts + prompt_grads, 0
         except PeerError as error:
             attempt += 1
             await _before_retry(router, attempt, error, f"backward of {span}")
-            _, again = await remote_forward(router, value, part, span.start, span.end)
-            trail.extend(again)
-    return grad, torch.cat(prompt_grads[::-1]) if prompt_grads else None
+            trail += (await remote_forward(router, range(span.start, span.end), hidden, part))[1]
+    return grad, torch.cat(prompt_grads) if prompt_grads else None
 
 
-async def _request(
-    router: Router, span: Span, rpc: str, tensors: list[Tensor], prompts: Tensor | None
-) -> list[Tensor]:
+async def _request(router: Router, span: Span, rpc: str, tensors: list, prompts: Prompts) -> list[Tensor]:
     """One forward or backward request; its answer's first tensor has the shape of the request's first."""
     uid = " ".join(block_uids(router.prefix, span.start, span.end))
     metadata = {"points": 0.0, "active_adapter": router.config.active_adapter}
-    wanted = (
-        len(tensors) if prompts is not None else 1
-    )  # a backward pass answers a gradient for the prompts too
+    # a backward pass answers a gradient for the prompts too
+    wanted = 1 if prompts is None else len(tensors)
     tensors = [*tensors, NOTHING if prompts is None else prompts]
     request = await _off_loop(sum(t.nbytes for t in tensors), pack_request, uid, tensors, metadata)
     response = await call_large(router.swarm.p2p, span.peer, rpc, request, router.config.request_timeout)
@@ -2237,7 +2186,7 @@ async def _request(
 
 
 class _Distributed:
-    """What all distributed models share: loading, aliases, sessions. Mixed in before a transformers class."""
+    """What all distributed models share: loading, sessions. Mixed in before a transformers class."""
 
     def __init__(self, config: PretrainedConfig, *args: Any, dht: Any = None, **kwargs: Any):
         local = copy.copy(config)
@@ -2246,10 +2195,10 @@ class _Distributed:
         self.config = config
         if self.base_model is self:
             setattr(self, family_of(config).layers, RemoteSequential(config, dht=dht))
+            self._modules.setdefault("word_embeddings_layernorm", nn.Identity())  # Bloom has one
         else:
-            setattr(
-                self, self.base_model_prefix, distributed_class(config.model_type, "Model")(config, dht=dht)
-            )
+            base = distributed_class(config.model_type, "Model")(config, dht=dht)
+            setattr(self, self.base_model_prefix, base)
             self.post_init()
 
     @classmethod
@@ -2263,51 +2212,24 @@ class _Distributed:
         safetensors.
         """
         name = os.fspath(model_name_or_path)
-        kwargs.pop("low_cpu_mem_usage", None)
-        dtype = kwargs.pop("torch_dtype", None)
-        dtype = parse_dtype(kwargs.pop("dtype", dtype))
-        config = load_config(name, kwargs)
-        if config.model_type != cls.config_class.model_type:
-            raise UserError(
-                f"{name!r} is a {config.model_type}: {cls.__name__} loads {cls.config_class.model_type}"
-            )
+        dtype = parse_dtype(kwargs.pop("dtype", kwargs.pop("torch_dtype", None))) or "auto"
+        config, ours = load_config(name, kwargs), cls.config_class.model_type
+        _require(config.model_type == ours, f"{name!r} is a {config.model_type}: {cls.__name__} loads {ours}")
         hub = {key: kwargs.pop(key, None) for key in ("token", "revision", "cache_dir")}
-        checkpoint = Checkpoint(name, **hub)
         with torch.device("meta"):
             wanted = cls(config).state_dict()
-        tensors = checkpoint.select(wanted, f"{cls.base_model_prefix}.")
-        if not tensors:
-            some = ", ".join(list(wanted)[:3])
-            raise UserError(f"{name!r} holds none of {cls.__name__}'s own tensors ({some}, …)")
-        dtype = dtype or parse_dtype(config.dtype) or checkpoint.dtype()
+        tensors = Checkpoint(name, **hub).select(wanted, f"{cls.base_model_prefix}.")
+        _require(tensors, f"{name!r} holds none of {cls.__name__}'s own tensors ({next(iter(wanted))}, …)")
         model = super().from_pretrained(None, *args, config=config, state_dict=tensors, dtype=dtype, **kwargs)
-        if getattr(model, "generation_config", None) is not None:
+        if model.can_generate():
             with contextlib.suppress(OSError):  # many models have no generation_config.json
                 model.generation_config = transformers.GenerationConfig.from_pretrained(name, **hub)
         return model
 
-    def __getattr__(self, name: str) -> Any:
-        """Petals' names on every family: `transformer` on a head, `h`, `word_embeddings`, … on a base
-        model."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("config", self.base_model_prefix):
-                raise
-            base = self.base_model
-            if name == "transformer" and base is not self:
-                return base
-            alias = FAMILIES[self.config.model_type].aliases.get(name)
-            if alias is not None and base is self:
-                return super().__getattr__(alias)
-            if name == "word_embeddings_layernorm" and base is self:
-                return nn.Identity()
-            raise
-
     @property
     def remote(self) -> RemoteSequential:
         """The model's remote blocks."""
-        return getattr(self.base_model, FAMILIES[self.config.model_type].layers)
+        return self.base_model.h
 
     def inference_session(self, max_length: int | None = None, **kwargs: Any) -> InferenceSession:
         """A session for several `generate` or `forward` calls: `with model.inference_session(max_length=512):
@@ -2316,98 +2238,64 @@ class _Distributed:
 
 
 def _as_session(cache: Any) -> InferenceSession | None:
-    if cache is None or isinstance(cache, InferenceSession):
-        return cache
-    kind = type(cache).__name__
-    raise UserError(
-        f"past_key_values is a {kind}: expected a session of model.inference_session(), or nothing"
-    )
+    came, fits = type(cache).__name__, isinstance(cache, InferenceSession | None)
+    _require(fits, f"past_key_values is a {came}: expected a model.inference_session(), or nothing")
+    return cache
 
 
 class _Base(_Distributed):
     """A base model: embeddings, remote blocks, final norm."""
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: InferenceSession | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ):
-        """transformers' forward, for all families: ids [B, T] or embeddings [B, T, H] to last hidden state
-        [B, T, H].
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+        """transformers' forward, for all families: ids [B, T] (or inputs_embeds=[B, T, H]) to last hidden
+        state [B, T, H]; use_cache and return_dict as there.
 
         With `past_key_values` (a session), within an active session, or with use_cache=True the step goes
         through a session, which is returned as `past_key_values`; else through a differentiable forward pass.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise UserError("give either input_ids or inputs_embeds")
-        extras = ("output_attentions", "output_hidden_states", "output_router_logits")
         given = {key: value for key, value in kwargs.items() if value is not None}
-        if any(given.get(name, getattr(self.config, name, False)) for name in extras):
-            raise UserError(
-                "attentions, router logits and hidden states of remote blocks stay on their servers; "
-                "supported is the last hidden state, or layers[:k] for the state after block k"
-            )
-        layers, session = self.remote, _as_session(past_key_values)
-        if session is None:
-            session = layers.active_session.get() or (layers.inference_session() if use_cache else None)
-        hidden = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds, layers = given.get("inputs_embeds"), self.remote
+        _require((input_ids is None) != (embeds is None), "give either input_ids or inputs_embeds")
+        extras = ("output_attentions", "output_hidden_states", "output_router_logits")
+        asked = [name for name in extras if given.get(name, getattr(self.config, name, False))]
+        _require(not asked, f"{asked} stay on the servers; layers[:k] computes the hidden states of block k")
+        session = _as_session(past_key_values) or layers.active_session.get()
+        if session is None and given.get("use_cache"):
+            session = layers.inference_session()
+        hidden = self.get_input_embeddings()(input_ids) if embeds is None else embeds
         hidden = self.word_embeddings_layernorm(hidden)
-        if session is not None:
-            session._starts_over(len(hidden))
-        past = 0 if session is None else session.position
-        left_pad = _left_pad(attention_mask, position_ids, *hidden.shape[:2], past)
         if session is None:
-            hidden = layers(hidden, left_pad=left_pad)
+            hidden = layers(hidden, left_pad=_left_pad(attention_mask, position_ids, hidden, past=0))
         else:
-            if attention_mask is not None or not past:
+            session._start_over_unless(len(hidden))
+            left_pad = _left_pad(attention_mask, position_ids, hidden, session.position)
+            if attention_mask is not None or not session.position:
                 session.set_left_pad(left_pad)
             hidden = session.step(hidden)
-        hidden = self.ln_f(hidden)
-        if return_dict is False:
-            return (hidden,) if session is None else (hidden, session)
-        output = transformers.modeling_outputs.BaseModelOutputWithPast
-        if self.config.model_type == "mixtral":  # its head reads router_logits
-            output = transformers.modeling_outputs.MoeModelOutputWithPast
-        return output(last_hidden_state=hidden, past_key_values=session)
+        # this type has every field that a family's head reads: Mixtral's its router_logits
+        output = transformers.modeling_outputs.MoeModelOutputWithPast(self.ln_f(hidden), session)
+        return output.to_tuple() if given.get("return_dict") is False else output
 
 
-def _left_pad(
-    mask: Tensor | None, position_ids: Tensor | None, batch: int, tokens: int, past: int
-) -> list[int]:
+def _left_pad(mask: Tensor | None, position_ids: Tensor | None, hidden: Tensor, past: int) -> list[int]:
     """How many tokens each row of a 0/1 mask [B, past + T] has before its first 1. Zeros at the right end
     need nothing (attention is causal). UserError for zeros inside a row, and for positions that skip or
     repeat some."""
-    first, places = torch.zeros(batch, 1, dtype=torch.int64), torch.arange(past + tokens)
-    if mask is not None:
-        ones = mask.to("cpu").bool()
-        if ones.shape != (batch, past + tokens):
-            due = f"[{batch}, {past + tokens}] of zeros and ones"
-            raise UserError(f"attention_mask is {list(mask.shape)}, expected {due}")
-        first, count = ones.int().argmax(1, keepdim=True), ones.sum(1, keepdim=True)
-        if not count.all() or not torch.equal(ones, (places >= first) & (places < first + count)):
-            raise UserError(
-                "attention_mask: expected rows of zeros, then ones, then zeros (left, right padding)"
-            )
+    due, places = (len(hidden), past + hidden.shape[1]), torch.arange(past + hidden.shape[1])
+    ones = torch.ones(due, dtype=torch.bool) if mask is None else mask.to("cpu").bool()
+    _require(ones.shape == due, f"attention_mask is {tuple(ones.shape)}, expected {due} of zeros and ones")
+    first, count = (ones.cumsum(1) == 0).sum(1, keepdim=True), ones.sum(1, keepdim=True)
+    whole = torch.equal(ones, (places >= first) & (places < first + count)) and (mask is None or count.all())
+    _require(whole, "attention_mask: expected rows of zeros, then ones, then zeros (left, right padding)")
     if position_ids is not None:
         given, plain = position_ids.to("cpu"), places[past:]
-        if given.shape[-1] != tokens or not (
-            (given == plain).all() or (given == (plain - first).clamp(min=0)).all()
-        ):
-            raise UserError("position_ids: expected tokens one after the other, padding not counted")
+        ways = plain, (plain - first).clamp(min=0)
+        fits = given.shape[-1] == len(plain) and any((given == way).all() for way in ways)
+        _require(fits, "position_ids: expected tokens one after the other, padding not counted")
     return first.flatten().tolist() if first.any() else []
 
 
-class _Head(_Distributed):
-    """A head over a base model: language modelling or classification."""
-
-
-class _CausalLM(_Head):
+class _CausalLM(_Distributed):
     """Text generation: transformers' own `generate`, with a session for its cache."""
 
     def generate(self, inputs: Tensor | None = None, *args: Any, session: Any = None, **kwargs: Any):
@@ -2416,42 +2304,39 @@ class _CausalLM(_Head):
         nothing new), and only what this call adds is returned. Else a session is opened for this call and
         closed after it."""
         inputs = kwargs.pop("input_ids", inputs)
-        cache = _as_session(kwargs.pop("past_key_values", None))
-        if kwargs.get("cache_implementation") is not None:
-            raise UserError("cache_implementation: the cache is on the servers; leave it out")
-        if kwargs.get("use_cache") is False:
-            return super().generate(inputs, *args, **kwargs)
+        kwargs["use_cache"] = True  # whatever was asked for: the servers' cache costs the client nothing
+        cache, embeds = _as_session(kwargs.pop("past_key_values", None)), kwargs.get("inputs_embeds")
         session, seen = cache or session or self.remote.active_session.get(), 0
-        embeds = kwargs.get("inputs_embeds")
-        if session is not None and embeds is not None and session.position:
-            raise UserError("inputs_embeds: only a session at position 0 can begin with them; give ids")
+        fits = embeds is None or session is None or not session.position
+        _require(fits, "inputs_embeds: only a session at position 0 can begin with them; give ids")
         with contextlib.ExitStack() as ours:
             if session is None:
                 session = ours.enter_context(contextlib.closing(self.inference_session()))
             elif cache is None:  # with past_key_values= the inputs are the whole text, as transformers has it
                 inputs, seen = self._resume(session, inputs, kwargs)
             result = super().generate(inputs, *args, past_key_values=session, **kwargs)
-            if not isinstance(result, Tensor):
+            plain = isinstance(result, Tensor)
+            if not plain:
                 ours.pop_all()  # the result holds the session: it is closed when it is dropped
-        sequences = result if isinstance(result, Tensor) else result.sequences
-        if inputs is None and embeds is not None:  # stand-ins for the ids of what came as embeddings
-            self._remember(session, F.pad(sequences, (embeds.shape[1], 0)))
-        else:
-            self._remember(session, sequences)
-        if isinstance(result, Tensor):
-            return result[:, seen:]
+        sequences = result if plain else result.sequences
+        rows, pads = len(sequences), session.left_pad
+        if session.reordered or rows != session.batch_size_:  # the caches hold other beams: they start over
+            session.reset()
+        session.left_pad = [pads[row * len(pads) // rows] for row in range(rows)] if pads else []
+        # what came as embeddings has stand-ins for its ids
+        ahead = embeds.shape[1] if inputs is None and embeds is not None else 0
+        session.output_ids = F.pad(sequences, (ahead, 0))
+        if plain:
+            return sequences[:, seen:]
         result.sequences = sequences[:, seen:]
         return result
 
-    def _resume(
-        self, session: InferenceSession, inputs: Tensor | None, kwargs: dict
-    ) -> tuple[Tensor | None, int]:
+    def _resume(self, session: InferenceSession, inputs: Tensor | None, kwargs: dict) -> tuple:
         """Put the session's text so far before the inputs, and its mask before theirs; returns also its
         length."""
-        past, rows = session.output_ids, 1 if inputs is None else len(inputs)
+        past, given = session.output_ids, kwargs.get("attention_mask")
         if past is None:  # tokens that came as hidden states have stand-ins for their ids
-            rows = session.batch_size_ if session.position else rows
-            past = torch.zeros(rows, session.position, dtype=torch.int64, device=self.device)
+            past = torch.zeros(session.batch_size_ or 1, session.position, dtype=int, device=self.device)
         if inputs is not None and len(inputs) != len(past):  # another batch: nothing to go on from
             past = inputs[:, :0]
         whole = past if inputs is None else torch.cat([past, inputs.to(past.device)], dim=1)
@@ -2461,7 +2346,7 @@ class _CausalLM(_Head):
         session.output_ids = past
         if not past.shape[1]:
             return inputs, 0
-        mask, given = torch.ones_like(whole), kwargs.get("attention_mask")
+        mask = torch.ones_like(whole)
         for row, pad in enumerate(session.left_pad):
             mask[row, :pad] = 0
         if given is not None:
@@ -2469,45 +2354,36 @@ class _CausalLM(_Head):
         kwargs["attention_mask"] = mask
         return whole, past.shape[1]
 
-    @staticmethod
-    def _remember(session: InferenceSession, sequences: Tensor) -> None:
-        """Keep the text for the next call. After a beam search the caches hold other beams: they start
-        over."""
-        rows, pads = len(sequences), session.left_pad
-        if session.reordered or rows != session.batch_size_:
-            session.reset()
-        session.left_pad = [pads[row * len(pads) // rows] for row in range(rows)] if pads else []
-        session.output_ids = sequences
-
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        session, max_cache_length = model_kwargs.get("past_key_values"), args[-1]
-        if isinstance(session, InferenceSession) and session.max_length is None:
-            # prompt lookup may look past the end of the text; an assistant is called again and again
-            ahead = generation_config.prompt_lookup_num_tokens or 0
-            ahead += 2048 if getattr(generation_config, "is_assistant", False) else 0
-            session.max_length = max_cache_length + 1 + ahead
+        session, max_cache_length = model_kwargs["past_key_values"], args[-1]
+        # prompt lookup may look past the end of the text; an assistant is called again and again
+        ahead = 2048 if getattr(generation_config, "is_assistant", False) else 0
+        ahead += generation_config.prompt_lookup_num_tokens or 0
+        session.max_length = session.max_length or max_cache_length + 1 + ahead
 
 
-_KINDS = {"Model": _Base, "ForCausalLM": _CausalLM, "ForSequenceClassification": _Head}
+_KINDS = {"Model": _Base, "ForCausalLM": _CausalLM, "ForSequenceClassification": _Distributed}
 
 
 @functools.cache
 def distributed_class(model_type: str, kind: str) -> type:
-    """The distributed class of a model type; kind is "Model", "ForCausalLM" or
-    "ForSequenceClassification"."""
-    name = FAMILIES[model_type].title + kind
-    doc = f"transformers' {name} whose blocks are on the swarm."
-    bases = (_KINDS[kind], getattr(transformers, name))
-    return type(f"Distributed{name}", bases, {"__module__": __name__, "__doc__": doc})
+    """The distributed class of a model type; kind is "Model", "ForCausalLM" or "ForSequenceClassification".
+    It has Petals' names for its parts: `transformer` on a head, `h`, `word_embeddings`, … on a base model."""
+    family = FAMILIES[model_type]
+    name = family.title + kind
+    theirs = getattr(transformers, name)
+    aliases = family.aliases if kind == "Model" else {"transformer": theirs.base_model_prefix}
+    members = {new: property(operator.attrgetter(old)) for new, old in aliases.items() if new != old}
+    members |= {"__module__": __name__, "__doc__": f"transformers' {name} whose blocks are on the swarm."}
+    return type(f"Distributed{name}", (_KINDS[kind], theirs), members)
 
 
 def __getattr__(name: str) -> Any:
     """`petals_min.DistributedLlamaForCausalLM` and its like, made when first asked for."""
-    for model_type, family in FAMILIES.items():
-        for kind in _KINDS:
-            if name == f"Distributed{family.title}{kind}":
-                return distributed_class(model_type, kind)
+    for model_type, kind in itertools.product(FAMILIES, _KINDS):
+        if name == f"Distributed{FAMILIES[model_type].title}{kind}":
+            return distributed_class(model_type, kind)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -2518,8 +2394,8 @@ class AutoDistributedConfig:
         return load_config(os.fspath(model_name_or_path), kwargs)
 
 
-class _Auto:
-    _kind = ""
+class AutoDistributedModel:
+    _kind = "Model"
 
     @classmethod
     def from_pretrained(cls, model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
@@ -2530,15 +2406,11 @@ class _Auto:
         return model_class.from_pretrained(model_name_or_path, *args, config=config, **kwargs)
 
 
-class AutoDistributedModel(_Auto):
-    _kind = "Model"
-
-
-class AutoDistributedModelForCausalLM(_Auto):
+class AutoDistributedModelForCausalLM(AutoDistributedModel):
     _kind = "ForCausalLM"
 
 
-class AutoDistributedModelForSequenceClassification(_Auto):
+class AutoDistributedModelForSequenceClassification(AutoDistributedModel):
     _kind = "ForSequenceClassification"
 
 
