@@ -128,7 +128,6 @@ logger = logging.getLogger("petals_min")
 # ============================================================================================================
 
 PAGE = 16  # tokens per page of the attention cache
-HUB_OPTIONS = ("token", "revision", "cache_dir")  # as huggingface_hub takes them
 MAX_UNARY_BYTES = 4 * 2**20 - 2**18  # hivemind's unary calls fail above 4 MiB (PROTOCOL.md); room for headers
 # Tensors of more than this together go by stream (Petals: half of MAX_UNARY_PAYLOAD_SIZE), in parts of at
 # most hivemind's DEFAULT_MAX_MSG_SIZE.
@@ -179,6 +178,20 @@ class AllocationFailed(PetalsError):
     """A server has no room in its attention cache."""
 
 
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _failing_as(kind: type[Exception], message: str, causes: Any = Exception, advice: str = ""):
+    """Where a library fails (with `causes`; NumPy, torch and msgpack raise many kinds), raise an error of our
+    own kind, with what the library said."""
+    try:
+        yield
+    except causes as error:
+        raise kind(f"{message}: {_first_line(error)}{advice}") from error
+
+
 def _die_with_parent() -> None:
     """Runs in a child between fork and exec: Linux kills it when the thread that started it ends. In a
     process group of its own it does not hear a terminal's Ctrl-C: we still need it for our farewell."""
@@ -204,9 +217,7 @@ class Wire(threading.Thread):
 
     def call(self, coroutine, timeout: float | None = None):
         """Run the coroutine in the wire thread and wait for its result; any thread but that one."""
-        if threading.current_thread() is self:
-            coroutine.close()
-            raise RuntimeError("the wire thread must not wait for itself")
+        assert threading.current_thread() is not self, "the wire thread must not wait for itself"
         future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         try:
             return future.result(timeout)
@@ -217,6 +228,21 @@ class Wire(threading.Thread):
         """Call `function` in the wire thread without waiting; any thread, also from a finalizer."""
         if self.is_alive():  # not in a forked child, and not when the process ends
             self.loop.call_soon_threadsafe(function, *args)
+
+    def end(self) -> None:
+        """Leave the swarms, end the tasks and the thread: nothing of ours may run while the interpreter is
+        taken apart."""
+        self.soon(lambda: _spawn(self._end()))
+        self.join(5)
+
+    async def _end(self) -> None:
+        self.loop.call_later(4, self.loop.stop)  # at the latest
+        await _gather_quietly(*(asyncio.wait_for(swarm.leave(), 3) for swarm in self.swarms.values()))
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await _gather_quietly(*tasks)
+        self.loop.stop()
 
 
 _wire: Wire | None = None
@@ -230,25 +256,8 @@ def wire() -> Wire:
         if _wire is None or not _wire.is_alive():
             _wire = Wire()
             _wire.start()
-            atexit.register(_leave_all_swarms, _wire)
+            atexit.register(_wire.end)
         return _wire
-
-
-def _leave_all_swarms(thread: Wire) -> None:
-    if thread.is_alive():
-        farewells = [swarm.leave() for swarm in list(thread.swarms.values())]
-        with contextlib.suppress(Exception):
-            thread.call(_gather_quietly(*farewells), timeout=3)
-            thread.call(_end_tasks(), timeout=1)
-        thread.soon(thread.loop.stop)  # nothing of ours may run while the interpreter is taken apart
-        thread.join(1)
-
-
-async def _end_tasks() -> None:
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await _gather_quietly(*tasks)
 
 
 async def _gather_quietly(*coroutines) -> list:
@@ -312,7 +321,7 @@ class Family:
     title: str  # transformers' class prefix: "Llama" of LlamaForCausalLM
     spec: Callable[[PretrainedConfig, int], BlockSpec]  # config, block index -> spec
     names: dict[str, str]
-    prefix_rule: Callable[[str], str]  # repository -> default dht_prefix (PROTOCOL.md, "Names")
+    prefix: str  # default dht_prefix, of a repository's {full} name, {last} part, or that ending in "-{hf}"
     layers: str  # the block list's name in the base model and in checkpoints
     aliases: dict[str, str]  # Petals' names of a base model's parts -> transformers'
 
@@ -360,25 +369,17 @@ _OLDER_NAMES = _NORMS | {"qkv": "self_attention.query_key_value", "out": "self_a
 _OLDER_NAMES |= {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
 
 
-def _last_part(repository: str) -> str:
-    return repository.split("/")[-1]
-
-
-def _hf_part(repository: str) -> str:
-    return _last_part(repository).removesuffix("-hf") + "-hf"
-
-
 # The last two fields of a family, layers and aliases.
 _LIKE_LLAMA = "layers", {"h": "layers", "word_embeddings": "embed_tokens", "ln_f": "norm"}
 _LIKE_BLOOM = "h", {"layers": "h"}
 FAMILIES = {
-    "bloom": Family("Bloom", _bloom_spec, _OLDER_NAMES, "{}-petals".format, *_LIKE_BLOOM),
-    "falcon": Family("Falcon", _falcon_spec, _OLDER_NAMES, _last_part, *_LIKE_BLOOM),
-    "llama": Family("Llama", _llama_spec, _LLAMA_NAMES, _hf_part, *_LIKE_LLAMA),
-    "mistral": Family("Mistral", _llama_spec, _LLAMA_NAMES, _last_part, *_LIKE_LLAMA),
-    "mixtral": Family("Mixtral", _llama_spec, _MIXTRAL_NAMES, str, *_LIKE_LLAMA),
-    "qwen2": Family("Qwen2", _llama_spec, _LLAMA_NAMES, _last_part, *_LIKE_LLAMA),
-    "qwen3": Family("Qwen3", _llama_spec, _LLAMA_NAMES, _last_part, *_LIKE_LLAMA),
+    "bloom": Family("Bloom", _bloom_spec, _OLDER_NAMES, "{full}-petals", *_LIKE_BLOOM),
+    "falcon": Family("Falcon", _falcon_spec, _OLDER_NAMES, "{last}", *_LIKE_BLOOM),
+    "llama": Family("Llama", _llama_spec, _LLAMA_NAMES, "{hf}", *_LIKE_LLAMA),
+    "mistral": Family("Mistral", _llama_spec, _LLAMA_NAMES, "{last}", *_LIKE_LLAMA),
+    "mixtral": Family("Mixtral", _llama_spec, _MIXTRAL_NAMES, "{full}", *_LIKE_LLAMA),
+    "qwen2": Family("Qwen2", _llama_spec, _LLAMA_NAMES, "{last}", *_LIKE_LLAMA),
+    "qwen3": Family("Qwen3", _llama_spec, _LLAMA_NAMES, "{last}", *_LIKE_LLAMA),
 }
 SUPPORTED = ", ".join(FAMILIES)
 
@@ -391,8 +392,10 @@ def family_of(config: PretrainedConfig) -> Family:
 
 def default_prefix(config: PretrainedConfig, model_name: str) -> str:
     """The directory prefix of a hub repository, or of a directory by its name (PROTOCOL.md, "Names")."""
-    name = Path(model_name).resolve().name if os.path.isdir(model_name) else str(model_name)
-    return re.sub(r"[.\s]", "-", family_of(config).prefix_rule(name))
+    full = Path(model_name).resolve().name if os.path.isdir(model_name) else str(model_name)
+    last = full.split("/")[-1]
+    prefix = family_of(config).prefix.format(full=full, last=last, hf=last.removesuffix("-hf") + "-hf")
+    return re.sub(r"[.\s]", "-", prefix)
 
 
 @dataclass
@@ -435,7 +438,7 @@ class Checkpoint:
     """A directory or hub repository of safetensors, read tensor by tensor. Any thread, one at a time."""
 
     def __init__(self, name: str, **hub: Any):
-        """`hub`: the HUB_OPTIONS."""
+        """`hub`: token, revision, cache_dir, as huggingface_hub takes them."""
         self.name, self.hub = str(name), {key: value for key, value in hub.items() if value is not None}
         index, single = self._fetch("model.safetensors.index.json", needed=False), "model.safetensors"
         if index is not None:
@@ -443,26 +446,20 @@ class Checkpoint:
         elif self._fetch(single, needed=False) is not None:
             self.files = dict.fromkeys(self._open(single).keys(), single)
         else:
-            raise UserError(
-                f"{self.name!r} has no model.safetensors (nor an index of one): petals_min never loads "
-                "pickles (pytorch_model.bin); choose a repository or revision with safetensors, or convert it"
-            )
+            advice = "choose a repository or revision with safetensors, or convert: pickles are never loaded"
+            raise UserError(f"{self.name!r} has no model.safetensors (nor an index of one); {advice}")
 
     def _fetch(self, file: str, needed: bool = True) -> str | None:
         """The local path of a file, downloaded if need be; None where one that is not needed is missing."""
         options = {"_raise_exceptions_for_missing_entries": needed, **self.hub}
-        try:
+        with _failing_as(UserError, f"cannot read {file} of {self.name!r}", OSError):
             return transformers.utils.cached_file(self.name, file, **options)
-        except OSError as error:
-            raise UserError(f"cannot read {file} of {self.name!r}: {_first_line(error)}") from error
 
     @functools.cache  # noqa: B019 - a checkpoint lives as long as its open files are wanted
     def _open(self, file: str):
-        path = self._fetch(file)
-        try:
-            return safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged ({_first_line(error)}); fetch it again") from error
+        advice = "; fetch it again"
+        with _failing_as(UserError, f"{file} of {self.name!r} is damaged", SafetensorError, advice):
+            return safe_open(self._fetch(file), framework="pt")
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._open(self.files[name]).get_slice(name).get_shape())
@@ -473,8 +470,7 @@ class Checkpoint:
 
     def dtype(self) -> torch.dtype:
         """The first floating-point tensor's: what dtype="auto" means where the config does not say."""
-        stored = (self._open(file).get_slice(name)[:1].dtype for name, file in self.files.items())
-        return next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
+        return next((t.dtype for t in map(self.read, self.files) if t.is_floating_point()), torch.float32)
 
     def select(self, wanted: Iterable[str], base_prefix: str) -> dict[str, Tensor]:
         """Tensors by their names in a model; the checkpoint's may have or lack `base_prefix` ("model.")."""
@@ -483,18 +479,12 @@ class Checkpoint:
         return {name: self.read(there) for name, there in pairs if there is not None}
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def load_config(name: str, kwargs: dict) -> PretrainedConfig:
     """The model's config with the client's fields; what `kwargs` has for a field is taken out of it."""
-    hub = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
-    try:
+    hub = {key: kwargs[key] for key in ("token", "revision", "cache_dir") if kwargs.get(key) is not None}
+    wanted = f" (expected a directory with config.json or a hub repository in reach, of type {SUPPORTED})"
+    with _failing_as(UserError, f"no model at {name!r} that I can use", (OSError, ValueError), wanted):
         config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(name, **hub)
-    except (OSError, ValueError) as error:
-        wanted = f"expected a directory with config.json or a hub repository in reach, of type {SUPPORTED}"
-        raise UserError(f"no model at {name!r} I can use: {_first_line(error)} ({wanted})") from error
     family_of(config)
     for key in kwargs.keys() - {"dtype", "torch_dtype"}:  # theirs depend on the checkpoint
         if hasattr(config, key):
@@ -512,12 +502,10 @@ def num_blocks(config: PretrainedConfig) -> int:
 
 def parse_dtype(dtype: Any) -> torch.dtype | None:
     """A torch dtype from itself or its name; None for None and "auto"; UserError for what is none of ours."""
-    if dtype is None or dtype == "auto":
-        return None
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in (torch.float32, torch.float16, torch.bfloat16):
+    name = str(dtype or "auto").removeprefix("torch.")
+    if name not in ("auto", "float32", "float16", "bfloat16"):
         raise UserError(f"dtype {dtype!r}: expected auto, float32, float16 or bfloat16")
-    return found
+    return None if name == "auto" else getattr(torch, name)
 
 
 # ============================================================================================================
@@ -554,11 +542,8 @@ def unpack(message: runtime_pb2.Tensor) -> Tensor:
     """The tensor of a message; ValueError where its bytes do not fit its shape and dtype."""
     shape, size = list(message.size), len(message.buffer)
     expect(message.dtype in WIRE_DTYPES, f"a tensor of {', '.join(WIRE_DTYPES)}", message.dtype)
-    try:
+    with _failing_as(ValueError, f"expected {message.dtype} {shape}; {size} bytes came"):
         tensor = deserialize_torch_tensor(message).detach()
-    except Exception as error:  # NumPy and torch raise many kinds
-        came = f"{size} bytes came: {_first_line(error)}"
-        raise ValueError(f"expected {message.dtype} {shape}; {came}") from error
     expect(list(tensor.shape) == shape, "sizes of 0 or more", shape)
     return tensor
 
@@ -578,18 +563,14 @@ def unpack_request(request: ExpertRequest, metadata: dict) -> list[Tensor]:
     none)."""
     tensors = {f"__T{i}".encode(): unpack(tensor) for i, tensor in enumerate(request.tensors)}
     structure = metadata.get("args_structure", (tensors, {}))
-    try:
+    with _failing_as(ValueError, f"args_structure {structure!r:.200} does not fit {len(tensors)} tensors"):
         args, kwargs = structure
         return [tensors[mark] for mark in (*args, *kwargs.values())]
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
-        raise ValueError(f"args_structure {structure!r:.200} does not fit {len(tensors)} tensors") from error
 
 
 def unpack_metadata(message) -> dict:
-    try:
+    with _failing_as(ValueError, "metadata is not msgpack"):
         metadata = MSGPackSerializer.loads(message.metadata) if message.metadata else {}
-    except Exception as error:  # msgpack raises many kinds
-        raise ValueError(f"metadata is not msgpack: {_first_line(error)}") from error
     expect(isinstance(metadata, dict), "a dict as metadata", type(metadata).__name__)
     return metadata
 
@@ -658,9 +639,9 @@ async def _within(timeout: float | None, peer: PeerID, answer: Any) -> Any:
     except PeerError:
         raise
     except Exception as error:
-        late = isinstance(error, asyncio.TimeoutError)
-        reason = f"no answer in {timeout} s" if late else _first_line(error)
-        raise PeerError(reason, peer, silent=not isinstance(error, P2PHandlerError)) from error
+        reason = f"waited {timeout} s" if isinstance(error, asyncio.TimeoutError) else _first_line(error)
+        refused = isinstance(error, P2PHandlerError)
+        raise PeerError(reason if refused else f"no answer: {reason}", peer, silent=not refused) from error
 
 
 async def call(p2p: P2P, peer: PeerID, rpc: str, request, answer: type, timeout: float) -> Any:
@@ -714,32 +695,42 @@ async def call_large(p2p: P2P, peer: PeerID, rpc: str, request: ExpertRequest, t
         return await _within(timeout, peer, stream.converse(request))
 
 
+_PEER_ADVICE = "check the addresses, and that the peer runs and is reachable from here"
+_JOIN_ERRORS = {  # what hivemind and libp2p say -> what it means, what to do
+    "bootstrap|ping": f"none of the initial peers answers; {_PEER_ADVICE}",
+    "address already in use|failed to listen": "cannot listen there; choose another --port",
+    "already taken": "the identity is in use; stop that peer or give another --identity_path",
+}
+
+
 class Swarm:
     """This process's place in one swarm: a libp2p host (hivemind's p2pd, a child process) and a DHT node that
     runs in the wire thread. With a running `hivemind.DHT` given, that one's host and node are used
     instead."""
 
-    def __init__(self, p2p: P2P, node: DHTNode | None = None, dht: hivemind.DHT | None = None):
+    def __init__(self, p2p: P2P, node: DHTNode | None = None, dht: Any = None, bootstrap: Sequence = ()):
         self.p2p, self.peer_id, self.node, self.dht = p2p, p2p.peer_id, node, dht
-        self.bootstrap: list[PeerID] = []  # the initial peers
+        self.bootstrap: Sequence[PeerID] = bootstrap  # the initial peers
         self.met: set[PeerID] = set()  # servers of the last reading of the directory
         _bound_nesting()
         if node is not None:
             node.protocol.serializer = RecordSerializer
-            weakref.finalize(self, wire().soon, lambda: _spawn(_end(node)))
+            weakref.finalize(self, wire().soon, lambda: _spawn(Swarm._end(node)))
 
     @classmethod
     async def join(cls, initial_peers: Sequence[str], **options: Any) -> Swarm:
         """Start a host and a node. UserError if none of the initial peers (multiaddrs ending in /p2p/ID)
         answers."""
-        peers, bootstrap = list(initial_peers), list(map(_bootstrap, initial_peers))
+        wanted, peers = "/ip4/HOST/tcp/PORT/p2p/PEER_ID", list(initial_peers)
+        with _failing_as(UserError, f"--initial_peers: {peers} are not multiaddrs like {wanted}"):
+            bootstrap = [PeerID.from_base58(Multiaddr(address)["p2p"]) for address in peers]
         try:
             node = await DHTNode.create(initial_peers=peers, num_workers=32, startup_timeout=30, **options)
         except Exception as error:
-            raise _explain_join(_first_line(error), peers, options.get("host_maddrs", [])) from error
-        swarm = cls(node.p2p, node)
-        swarm.bootstrap = bootstrap
-        return swarm
+            said, places = _first_line(error), ", ".join([*peers, *options.get("host_maddrs", [])])
+            known = (what for sign, what in _JOIN_ERRORS.items() if re.search(sign, said, re.IGNORECASE))
+            raise UserError(f"{next(known, 'libp2p did not start')} ({places}): {said}") from error
+        return cls(node.p2p, node, bootstrap=bootstrap)
 
     @classmethod
     async def borrow(cls, dht: hivemind.DHT) -> Swarm:
@@ -808,36 +799,14 @@ class Swarm:
         return time.perf_counter() - start
 
     async def leave(self) -> None:
-        if self.node is not None:
-            await _end(self.node)
+        await Swarm._end(self.node)
 
-
-async def _end(node: DHTNode) -> None:
-    if node.is_alive:
-        if node.cache_refresh_task is not None:  # hivemind's shutdown leaves it waiting for ever
-            node.cache_refresh_task.cancel()
-        await node.shutdown()
-
-
-def _bootstrap(address: str) -> PeerID:
-    """The peer at a multiaddr; UserError for what names none."""
-    try:
-        return PeerID.from_base58(Multiaddr(address)["p2p"])
-    except Exception as error:
-        wanted = f"a multiaddr like /ip4/HOST/tcp/PORT/p2p/PEER_ID ({_first_line(error)})"
-        raise UserError(f"--initial_peers: {address!r} is not {wanted}") from error
-
-
-def _explain_join(text: str, peers: list[str], addresses: list[str]) -> PetalsError:
-    """The error of a host or node that did not start, by what hivemind and libp2p say."""
-    if re.search("bootstrap|ping", text, re.IGNORECASE):
-        advice = "check the addresses, and that the peer runs and is reachable from here"
-        return UserError(f"none of the initial peers answers ({', '.join(peers)}): {advice}")
-    if re.search("address already in use|failed to listen", text):
-        return UserError(f"cannot listen on {', '.join(addresses)}: {text}; choose another --port")
-    if "already taken" in text:
-        return UserError(f"{text}; stop that peer or give another --identity_path")
-    return PetalsError(f"libp2p did not start: {text}")
+    @staticmethod
+    async def _end(node: DHTNode | None) -> None:
+        if node is not None and node.is_alive:
+            if node.cache_refresh_task is not None:  # hivemind's shutdown leaves it waiting for ever
+                node.cache_refresh_task.cancel()
+            await node.shutdown()
 
 
 # ============================================================================================================
