@@ -695,9 +695,8 @@ async def call_large(p2p: P2P, peer: PeerID, rpc: str, request: ExpertRequest, t
         return await _within(timeout, peer, stream.converse(request))
 
 
-_PEER_ADVICE = "check the addresses, and that the peer runs and is reachable from here"
 _JOIN_ERRORS = {  # what hivemind and libp2p say -> what it means, what to do
-    "bootstrap|ping": f"none of the initial peers answers; {_PEER_ADVICE}",
+    "bootstrap|ping": "none of the initial peers answers; check the addresses, and that they run",
     "address already in use|failed to listen": "cannot listen there; choose another --port",
     "already taken": "the identity is in use; stop that peer or give another --identity_path",
 }
