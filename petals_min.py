@@ -112,6 +112,7 @@ from hivemind.proto import dht_pb2, runtime_pb2  # noqa: E402
 from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID  # noqa: E402
 from hivemind.utils import MSGPackSerializer, get_dht_time  # noqa: E402
 from hivemind.utils.multiaddr import Multiaddr  # noqa: E402
+from hivemind.utils.streaming import combine_from_streaming, split_for_streaming  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
 from tokenizers import decoders, pre_tokenizers  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
@@ -162,12 +163,10 @@ class MissingBlocksError(PetalsError):
     """No reachable server holds some blocks."""
 
     def __init__(self, prefix: str, blocks: Sequence[int], detail: str = ""):
-        self.blocks = list(blocks)
-        names = f"{blocks[0]}" if len(blocks) == 1 else f"{blocks[0]}..{blocks[-1]}"
-        super().__init__(
-            f"no server online holds block{'s' * (len(blocks) > 1)} {names} of {prefix!r}{detail}; start one "
-            f"with `petals-min serve MODEL --block_indices {blocks[0]}:{blocks[-1] + 1}`, or check the peers"
-        )
+        self.blocks, first, last = list(blocks), blocks[0], blocks[-1]
+        names = f"block {first}" if first == last else f"blocks {first}..{last}"
+        serve = f"start one with `petals-min serve MODEL --block_indices {first}:{last + 1}`"
+        super().__init__(f"no server online holds {names} of {prefix!r}{detail}; {serve}, or check the peers")
 
 
 class PeerError(PetalsError):
@@ -180,6 +179,20 @@ class PeerError(PetalsError):
 
 class AllocationFailed(PetalsError):
     """A server has no room in its attention cache."""
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _failing_as(kind: type[Exception], message: str, causes: Any = Exception, advice: str = ""):
+    """Where a library fails (with `causes`; NumPy, torch and msgpack raise many kinds), raise an error of our
+    own kind, with what the library said."""
+    try:
+        yield
+    except causes as error:
+        raise kind(f"{message}: {_first_line(error)}{advice}") from error
 
 
 def _die_with_parent() -> None:
@@ -201,30 +214,38 @@ class Wire(threading.Thread):
     """The one network thread of a process. Everything `async` in this module runs in its loop."""
 
     def __init__(self):
-        super().__init__(name="petals-wire", daemon=True)
-        self.pid, self.loop = os.getpid(), _Loop()
-        self.swarms = weakref.WeakValueDictionary()  # clients' swarms by their initial peers
-
-    def run(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        self.loop.run_forever()
+        self.loop = _Loop()
+        super().__init__(target=self.loop.run_forever, name="petals-wire", daemon=True)
+        self.swarms = weakref.WeakValueDictionary()  # clients' swarms by their initial peers or hivemind.DHT
 
     def call(self, coroutine, timeout: float | None = None):
         """Run the coroutine in the wire thread and wait for its result; any thread but that one."""
-        if threading.current_thread() is self:
-            coroutine.close()
-            raise RuntimeError("the wire thread must not wait for itself")
+        assert threading.current_thread() is not self, "the wire thread must not wait for itself"
         future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         try:
             return future.result(timeout)
-        except BaseException:  # an interrupt (Ctrl-C) here must end the work there
-            future.cancel()
-            raise
+        finally:
+            future.cancel()  # an interrupt (Ctrl-C) here must end the work there
 
     def soon(self, function: Callable, *args) -> None:
         """Call `function` in the wire thread without waiting; any thread, also from a finalizer."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
+        if self.is_alive():  # not in a forked child, and not when the process ends
             self.loop.call_soon_threadsafe(function, *args)
+
+    def end(self) -> None:
+        """Leave the swarms, end the tasks and the thread: nothing of ours may run while the interpreter is
+        taken apart."""
+        self.soon(lambda: _spawn(self._end()))
+        self.join(5)
+
+    async def _end(self) -> None:
+        self.loop.call_later(4, self.loop.stop)  # at the latest
+        await _gather_quietly(*(asyncio.wait_for(swarm.leave(), 3) for swarm in self.swarms.values()))
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await _gather_quietly(*tasks)
+        self.loop.stop()
 
 
 _wire: Wire | None = None
@@ -235,28 +256,11 @@ def wire() -> Wire:
     """The process's wire thread, started by the first call; any thread. A forked child gets its own."""
     global _wire
     with _wire_lock:
-        if _wire is None or _wire.pid != os.getpid():
+        if _wire is None or not _wire.is_alive():
             _wire = Wire()
             _wire.start()
-            atexit.register(_leave_all_swarms, _wire)
+            atexit.register(_wire.end)
         return _wire
-
-
-def _leave_all_swarms(thread: Wire) -> None:
-    if thread.pid == os.getpid():
-        farewells = [swarm.leave() for swarm in list(thread.swarms.values())]
-        with contextlib.suppress(Exception):
-            thread.call(_gather_quietly(*farewells), timeout=3)
-            thread.call(_end_tasks(), timeout=1)
-        thread.soon(thread.loop.stop)  # nothing of ours may run while the interpreter is taken apart
-        thread.join(1)
-
-
-async def _end_tasks() -> None:
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await _gather_quietly(*tasks)
 
 
 async def _gather_quietly(*coroutines) -> list:
@@ -274,7 +278,7 @@ def _spawn(coroutine) -> asyncio.Task:
         if not task.cancelled() and task.exception() is not None:
             logger.debug("background task failed", exc_info=task.exception())
 
-    task = asyncio.get_running_loop().create_task(coroutine)
+    task = asyncio.create_task(coroutine)
     _background.add(task)
     task.add_done_callback(finished)
     return task
@@ -282,9 +286,7 @@ def _spawn(coroutine) -> asyncio.Task:
 
 async def _off_loop(size: int, function: Callable, *args):
     """Call a function here, or in a helper thread if its payload is large (bytes)."""
-    if size <= OFFLOAD_BYTES:
-        return function(*args)
-    return await asyncio.to_thread(function, *args)
+    return await asyncio.to_thread(function, *args) if size > OFFLOAD_BYTES else function(*args)
 
 
 # ============================================================================================================
@@ -316,12 +318,13 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class Family:
-    """A model type. `names`: our weights -> the checkpoint's, relative to a block; several lie end to end."""
+    """A model type. `names`: our weights -> the checkpoint's, relative to a block. Several lie end to end
+    ("a b"), or are alternatives ("a|b")."""
 
     title: str  # transformers' class prefix: "Llama" of LlamaForCausalLM
     spec: Callable[[PretrainedConfig, int], BlockSpec]  # config, block index -> spec
-    names: dict[str, tuple[str, ...]]
-    prefix_rule: Callable[[str], str]  # repository -> default dht_prefix (PROTOCOL.md, "Names")
+    names: dict[str, str]
+    prefix: str  # default dht_prefix, of a repository's {full} name, {last} part, or that ending in "-{hf}"
     layers: str  # the block list's name in the base model and in checkpoints
     aliases: dict[str, str]  # Petals' names of a base model's parts -> transformers'
 
@@ -332,16 +335,12 @@ def _spec(config: PretrainedConfig, kv_heads: int, eps: float, act: str, **switc
     return BlockSpec(config.hidden_size, heads, kv_heads, head_dim, eps, act, **switches)
 
 
-def _llama_spec(config: PretrainedConfig, index: int, **experts: int) -> BlockSpec:
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if kinds is not None and kinds[index] != "sliding_attention":
-        window = None
-    size = config.num_key_value_heads, config.rms_norm_eps, config.hidden_act
-    return _spec(config, *size, window=window, **experts)
-
-
-def _mixtral_spec(config: PretrainedConfig, index: int) -> BlockSpec:
-    return _llama_spec(config, index, experts=config.num_local_experts, top_k=config.num_experts_per_tok)
+def _llama_spec(config: PretrainedConfig, index: int) -> BlockSpec:
+    slides = getattr(config, "layer_types", None) is None or config.layer_types[index] == "sliding_attention"
+    switches = {"window": getattr(config, "sliding_window", None)} if slides else {}
+    if hasattr(config, "num_local_experts"):
+        switches |= {"experts": config.num_local_experts, "top_k": config.num_experts_per_tok}
+    return _spec(config, config.num_key_value_heads, config.rms_norm_eps, config.hidden_act, **switches)
 
 
 _OLDER = {"rms_norm": False, "fused_qkv": True, "gated": False}  # what Bloom and Falcon have in common
@@ -354,78 +353,52 @@ def _bloom_spec(config: PretrainedConfig, index: int) -> BlockSpec:
 
 
 def _falcon_spec(config: PretrainedConfig, index: int) -> BlockSpec:
-    if config.new_decoder_architecture:
-        kv_heads = config.num_kv_heads
-    else:
-        kv_heads = 1 if config.multi_query else config.num_attention_heads
+    grouped = config.new_decoder_architecture
+    others = 1 if config.multi_query else config.num_attention_heads
+    size = config.num_kv_heads if grouped else others, config.layer_norm_epsilon, config.activation
     position = {"rotary": False, "alibi": "falcon"} if config.alibi else {}
-    parallel = config.new_decoder_architecture or config.parallel_attn
-    size = kv_heads, config.layer_norm_epsilon, config.activation
-    return _spec(config, *size, parallel=parallel, **position, **_OLDER)
+    return _spec(config, *size, parallel=grouped or config.parallel_attn, **position, **_OLDER)
 
 
-_NORM_NAMES = {"norm1": ("input_layernorm",), "norm2": ("post_attention_layernorm",)}
-_ATTENTION_NAMES = _NORM_NAMES | {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "out": ("self_attn.o_proj",),
-    "q_norm": ("self_attn.q_norm",),
-    "k_norm": ("self_attn.k_norm",),
-}
-_LLAMA_NAMES = _ATTENTION_NAMES | {"up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",)}
-_MIXTRAL_NAMES = _ATTENTION_NAMES | {
-    "router": ("block_sparse_moe.gate",),
-    "experts_up": ("block_sparse_moe.experts.{expert}.w1", "block_sparse_moe.experts.{expert}.w3"),
-    "experts_down": ("block_sparse_moe.experts.{expert}.w2",),
-}
-_BLOOM_NAMES = _NORM_NAMES | {
-    "qkv": ("self_attention.query_key_value",),
-    "out": ("self_attention.dense",),
-    "up": ("mlp.dense_h_to_4h",),
-    "down": ("mlp.dense_4h_to_h",),
-}
-_FALCON_NAMES = _BLOOM_NAMES | {
-    "norm1": ("input_layernorm|ln_attn",),
-    "norm2": ("post_attention_layernorm|ln_mlp",),
-}
-
-
-def _last_part(repository: str) -> str:
-    return repository.split("/")[-1]
-
-
-def _hf_part(repository: str) -> str:
-    return _last_part(repository).removesuffix("-hf") + "-hf"
+# Falcon's norms have other names where there are two.
+_NORMS = {"norm1": "input_layernorm|ln_attn", "norm2": "post_attention_layernorm|ln_mlp"}
+_ATTENTION = {"qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "out": "self_attn.o_proj"}
+_ATTENTION |= _NORMS | {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+_LLAMA_NAMES = _ATTENTION | {"up": "mlp.gate_proj mlp.up_proj", "down": "mlp.down_proj"}
+_EXPERT = "block_sparse_moe.experts.{expert}"
+_EXPERTS = {"experts_up": f"{_EXPERT}.w1 {_EXPERT}.w3", "experts_down": f"{_EXPERT}.w2"}
+_MIXTRAL_NAMES = _ATTENTION | _EXPERTS | {"router": "block_sparse_moe.gate"}
+_OLDER_NAMES = _NORMS | {"qkv": "self_attention.query_key_value", "out": "self_attention.dense"}
+_OLDER_NAMES |= {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
 
 
 # The last two fields of a family, layers and aliases.
 _LIKE_LLAMA = "layers", {"h": "layers", "word_embeddings": "embed_tokens", "ln_f": "norm"}
 _LIKE_BLOOM = "h", {"layers": "h"}
 FAMILIES = {
-    "llama": Family("Llama", _llama_spec, _LLAMA_NAMES, _hf_part, *_LIKE_LLAMA),
-    "bloom": Family("Bloom", _bloom_spec, _BLOOM_NAMES, lambda name: name + "-petals", *_LIKE_BLOOM),
-    "falcon": Family("Falcon", _falcon_spec, _FALCON_NAMES, _last_part, *_LIKE_BLOOM),
-    "mixtral": Family("Mixtral", _mixtral_spec, _MIXTRAL_NAMES, lambda name: name, *_LIKE_LLAMA),
-    "mistral": Family("Mistral", _llama_spec, _LLAMA_NAMES, _last_part, *_LIKE_LLAMA),
-    "qwen2": Family("Qwen2", _llama_spec, _LLAMA_NAMES, _last_part, *_LIKE_LLAMA),
-    "qwen3": Family("Qwen3", _llama_spec, _LLAMA_NAMES, _last_part, *_LIKE_LLAMA),
+    "bloom": Family("Bloom", _bloom_spec, _OLDER_NAMES, "{full}-petals", *_LIKE_BLOOM),
+    "falcon": Family("Falcon", _falcon_spec, _OLDER_NAMES, "{last}", *_LIKE_BLOOM),
+    "llama": Family("Llama", _llama_spec, _LLAMA_NAMES, "{hf}", *_LIKE_LLAMA),
+    "mistral": Family("Mistral", _llama_spec, _LLAMA_NAMES, "{last}", *_LIKE_LLAMA),
+    "mixtral": Family("Mixtral", _llama_spec, _MIXTRAL_NAMES, "{full}", *_LIKE_LLAMA),
+    "qwen2": Family("Qwen2", _llama_spec, _LLAMA_NAMES, "{last}", *_LIKE_LLAMA),
+    "qwen3": Family("Qwen3", _llama_spec, _LLAMA_NAMES, "{last}", *_LIKE_LLAMA),
 }
-
-
-def _check_type(model_type: str) -> None:
-    if model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise UserError(f"model type {model_type!r} is not supported; supported are {known}")
+SUPPORTED = ", ".join(FAMILIES)
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    _check_type(config.model_type)
+    if config.model_type not in FAMILIES:
+        raise UserError(f"model type {config.model_type!r} is not supported; supported are {SUPPORTED}")
     return FAMILIES[config.model_type]
 
 
 def default_prefix(config: PretrainedConfig, model_name: str) -> str:
     """The directory prefix of a hub repository, or of a directory by its name (PROTOCOL.md, "Names")."""
-    name = Path(model_name).resolve().name if os.path.isdir(model_name) else str(model_name)
-    return re.sub(r"[.\s]", "-", family_of(config).prefix_rule(name))
+    full = Path(model_name).resolve().name if os.path.isdir(model_name) else str(model_name)
+    last = full.split("/")[-1]
+    prefix = family_of(config).prefix.format(full=full, last=last, hf=last.removesuffix("-hf") + "-hf")
+    return re.sub(r"[.\s]", "-", prefix)
 
 
 @dataclass
@@ -437,9 +410,7 @@ class ClientConfig:
     allowed_servers: Sequence[str] | None = None  # peer ids or public names; nobody else is used
     blocked_servers: Sequence[str] | None = None
     use_server_to_server: bool = True  # let servers push their outputs to each other
-    show_route: bool | str = (
-        "inference"  # log routes: of "inference" sessions, True everything, False nothing
-    )
+    show_route: bool | str = "inference"  # log routes: of "inference" sessions, True: all, False: none
     connect_timeout: float = 5
     request_timeout: float = 3 * 60
     alloc_timeout: float = 60  # how long a server may queue us for room in its cache
@@ -448,18 +419,16 @@ class ClientConfig:
     min_backoff: float = 1
     max_backoff: float = 60
     ban_timeout: float = 15  # a failing server is left alone this long, doubling while it goes on failing
-    max_history_bytes: int = (
-        2**30
-    )  # of middle activations per session; beyond it, repairs start at the embeddings
+    # Of middle activations per session; beyond it, repairs start at the embeddings.
+    max_history_bytes: int = 2**30
     active_adapter: str | None = None
     pre_seq_len: int = 0
     tuning_mode: str | None = None
 
     def attach_to(self, config: PretrainedConfig, kwargs: dict) -> PretrainedConfig:
         """Set each field on a transformers config: from `kwargs` (taken out), else as it is, else ours."""
-        for entry in dataclasses.fields(self):
-            value = getattr(config, entry.name, getattr(self, entry.name))
-            setattr(config, entry.name, kwargs.pop(entry.name, value))
+        for name, ours in vars(self).items():
+            setattr(config, name, kwargs.pop(name, getattr(config, name, ours)))
         return config
 
 
@@ -474,34 +443,26 @@ class Checkpoint:
     def __init__(self, name: str, **hub: Any):
         """`hub`: token, revision, cache_dir, as huggingface_hub takes them."""
         self.name, self.hub = str(name), {key: value for key, value in hub.items() if value is not None}
-        index, single = self._fetch("model.safetensors.index.json"), "model.safetensors"
+        index, single = self._fetch("model.safetensors.index.json", needed=False), "model.safetensors"
         if index is not None:
             self.files: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]  # tensor -> file
-        elif self._fetch(single) is not None:
+        elif self._fetch(single, needed=False) is not None:
             self.files = dict.fromkeys(self._open(single).keys(), single)
         else:
-            raise UserError(
-                f"{self.name!r} has no model.safetensors (nor an index of one): petals_min never loads "
-                "pickles (pytorch_model.bin); choose a repository or revision with safetensors, or convert it"
-            )
+            advice = "choose a repository or revision with safetensors, or convert: pickles are never loaded"
+            raise UserError(f"{self.name!r} has no model.safetensors (nor an index of one); {advice}")
 
-    def _fetch(self, file: str) -> str | None:
-        """The local path of a file, downloaded if need be; None where the repository has no such file."""
-        options = {"_raise_exceptions_for_missing_entries": False, **self.hub}
-        try:
+    def _fetch(self, file: str, needed: bool = True) -> str | None:
+        """The local path of a file, downloaded if need be; None where one that is not needed is missing."""
+        options = {"_raise_exceptions_for_missing_entries": needed, **self.hub}
+        with _failing_as(UserError, f"cannot read {file} of {self.name!r}", OSError):
             return transformers.utils.cached_file(self.name, file, **options)
-        except OSError as error:
-            raise UserError(f"cannot read {file} of {self.name!r}: {_first_line(error)}") from error
 
     @functools.cache  # noqa: B019 - a checkpoint lives as long as its open files are wanted
     def _open(self, file: str):
-        path = self._fetch(file)
-        if path is None:
-            raise UserError(f"{self.name!r} has no file {file}, which its index names")
-        try:
-            return safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged ({_first_line(error)}); fetch it again") from error
+        advice = "; fetch it again"
+        with _failing_as(UserError, f"{file} of {self.name!r} is damaged", SafetensorError, advice):
+            return safe_open(self._fetch(file), framework="pt")
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._open(self.files[name]).get_slice(name).get_shape())
@@ -512,61 +473,29 @@ class Checkpoint:
 
     def dtype(self) -> torch.dtype:
         """The first floating-point tensor's: what dtype="auto" means where the config does not say."""
-        for name in self.files:
-            tensor = self._open(self.files[name]).get_slice(name)[:1]
-            if tensor.is_floating_point():
-                return tensor.dtype
-        raise UserError(f"{self.name!r} holds no floating-point tensor")
+        return next((t.dtype for t in map(self.read, self.files) if t.is_floating_point()), torch.float32)
 
     def select(self, wanted: Iterable[str], base_prefix: str) -> dict[str, Tensor]:
         """Tensors by their names in a model; the checkpoint's may have or lack `base_prefix` ("model.")."""
-        found = {}
-        for name in wanted:
-            bare = name.removeprefix(base_prefix)
-            stored = next((n for n in (name, bare, base_prefix + bare) if n in self.files), None)
-            if stored is not None:
-                found[name] = self.read(stored)
-        return found
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        stored = {name.removeprefix(base_prefix): name for name in self.files}
+        pairs = ((name, stored.get(name.removeprefix(base_prefix))) for name in wanted)
+        return {name: self.read(there) for name, there in pairs if there is not None}
 
 
 def load_config(name: str, kwargs: dict) -> PretrainedConfig:
-    """The model's config with the client's fields; hub options and fields are taken from `kwargs`."""
+    """The model's config with the client's fields; what `kwargs` has for a field is taken out of it."""
     hub = {key: kwargs[key] for key in ("token", "revision", "cache_dir") if kwargs.get(key) is not None}
-    config = kwargs.pop("config", None)
-    if config is None:
-        try:
-            ours = {
-                "dht",
-                "dtype",
-                "torch_dtype",
-                "low_cpu_mem_usage",
-                *hub,
-                *ClientConfig.__dataclass_fields__,
-            }
-            fields = {key: value for key, value in kwargs.items() if key not in ours}
-            load = transformers.AutoConfig.from_pretrained
-            config, unused = load(name, return_unused_kwargs=True, **hub, **fields)
-            for key in fields.keys() - unused.keys():
-                del kwargs[key]
-        except (OSError, ValueError) as error:
-            unknown = re.search(r"model type `(.+?)`", str(error))
-            if unknown:
-                _check_type(unknown[1])
-            raise UserError(
-                f"no model at {name!r}: {_first_line(error)} (expected a directory with config.json, or a "
-                "hub repository that this machine reaches)"
-            ) from error
+    wanted = f" (expected a directory with config.json or a hub repository in reach, of type {SUPPORTED})"
+    with _failing_as(UserError, f"no model at {name!r} that I can use", (OSError, ValueError), wanted):
+        config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(name, **hub)
     family_of(config)
+    for key in kwargs.keys() - {"dtype", "torch_dtype"}:  # theirs depend on the checkpoint
+        if hasattr(config, key):
+            setattr(config, key, kwargs.pop(key))
     ClientConfig().attach_to(config, kwargs)
     config.dht_prefix = config.dht_prefix or default_prefix(config, name)
     if re.search(r"[.\s]", config.dht_prefix):
-        raise UserError(
-            f"dht_prefix {config.dht_prefix!r} has dots or spaces, which separate block names; use others"
-        )
+        raise UserError(f"dht_prefix {config.dht_prefix!r} has dots or spaces, which separate block names")
     return config
 
 
@@ -576,12 +505,10 @@ def num_blocks(config: PretrainedConfig) -> int:
 
 def parse_dtype(dtype: Any) -> torch.dtype | None:
     """A torch dtype from itself or its name; None for None and "auto"; UserError for what is none of ours."""
-    if dtype is None or dtype == "auto":
-        return None
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in (torch.float32, torch.float16, torch.bfloat16):
+    name = str(dtype or "auto").removeprefix("torch.")
+    if name not in ("auto", "float32", "float16", "bfloat16"):
         raise UserError(f"dtype {dtype!r}: expected auto, float32, float16 or bfloat16")
-    return found
+    return None if name == "auto" else getattr(torch, name)
 
 
 # ============================================================================================================
@@ -607,22 +534,19 @@ def pack(tensor: Tensor, compression: int = runtime_pb2.NONE) -> runtime_pb2.Ten
     tensor = tensor.detach()
     if compression != runtime_pb2.NONE and tensor.numel():  # hivemind cannot quantize an empty tensor
         return serialize_torch_tensor(tensor.float(), compression)
-    if tensor.dtype != torch.bfloat16:
-        return PLAIN.compress(tensor, None)
-    message = PLAIN.compress(tensor.view(torch.int16), None)  # two bytes a value; hivemind would send float32
-    message.dtype = "bfloat16"
+    # Two bytes a value; hivemind would send float32.
+    raw = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    message = PLAIN.compress(raw, None)
+    message.dtype = str(tensor.dtype).removeprefix("torch.")
     return message
 
 
 def unpack(message: runtime_pb2.Tensor) -> Tensor:
     """The tensor of a message; ValueError where its bytes do not fit its shape and dtype."""
-    shape = list(message.size)
-    expect(message.dtype in WIRE_DTYPES, "a tensor of float32, float16, bfloat16 or int64", message.dtype)
-    try:
+    shape, size = list(message.size), len(message.buffer)
+    expect(message.dtype in WIRE_DTYPES, f"a tensor of {', '.join(WIRE_DTYPES)}", message.dtype)
+    with _failing_as(ValueError, f"expected {message.dtype} {shape}; {size} bytes came"):
         tensor = deserialize_torch_tensor(message).detach()
-    except Exception as error:  # NumPy and torch raise many kinds
-        came = f"{len(message.buffer)} bytes came: {_first_line(error)}"
-        raise ValueError(f"expected a tensor of {message.dtype} {shape}; {came}") from error
     expect(list(tensor.shape) == shape, "sizes of 0 or more", shape)
     return tensor
 
@@ -640,23 +564,16 @@ def pack_request(uid: str, tensors: Sequence[Tensor], metadata: dict) -> ExpertR
 def unpack_request(request: ExpertRequest, metadata: dict) -> list[Tensor]:
     """A request's tensors in the order of its `args_structure` (the order they came in, where there is
     none)."""
-    tensors = [unpack(tensor) for tensor in request.tensors]
-    structure = metadata.get("args_structure")
-    if structure is None:
-        return tensors
-    try:
+    tensors = {f"__T{i}".encode(): unpack(tensor) for i, tensor in enumerate(request.tensors)}
+    structure = metadata.get("args_structure", (tensors, {}))
+    with _failing_as(ValueError, f"args_structure {structure!r:.200} does not fit {len(tensors)} tensors"):
         args, kwargs = structure
-        places = {f"__T{i}".encode(): tensor for i, tensor in enumerate(tensors)}
-        return [places[bytes(mark)] for mark in (*args, *kwargs.values())]
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
-        raise ValueError(f"args_structure {structure!r:.200} does not fit {len(tensors)} tensors") from error
+        return [tensors[mark] for mark in (*args, *kwargs.values())]
 
 
 def unpack_metadata(message) -> dict:
-    try:
+    with _failing_as(ValueError, "metadata is not msgpack"):
         metadata = MSGPackSerializer.loads(message.metadata) if message.metadata else {}
-    except Exception as error:  # msgpack raises many kinds
-        raise ValueError(f"metadata is not msgpack: {_first_line(error)}") from error
     expect(isinstance(metadata, dict), "a dict as metadata", type(metadata).__name__)
     return metadata
 
@@ -693,18 +610,14 @@ def _bound_nesting(levels: int = 16) -> None:
 
 def _head(message) -> dict[str, Any]:
     """What a request or response says besides its tensors."""
-    uid = {"uid": message.uid} if isinstance(message, ExpertRequest) else {}
-    return uid | {"metadata": message.metadata}
+    return {entry.name: value for entry, value in message.ListFields() if entry.name != "tensors"}
 
 
 def split_message(message) -> Iterable[Any]:
     """Cut a large request or response into a stream's messages: one tensor part each, uid and metadata
     repeated."""
     for tensor in message.tensors:
-        parts = (
-            hivemind.utils.streaming.split_for_streaming(tensor, PART_BYTES) if tensor.buffer else [tensor]
-        )
-        for part in parts:
+        for part in split_for_streaming(tensor, PART_BYTES):
             yield type(message)(tensors=[part], **_head(message))
 
 
@@ -719,7 +632,25 @@ async def join_messages(messages: AsyncIterator[Any], limit: int = 2**31) -> Any
                 parts.append([])
             parts[-1].append(part)
     expect(first is not None, "a request", "an empty stream")
-    return type(first)(tensors=map(hivemind.utils.streaming.combine_from_streaming, parts), **_head(first))
+    return type(first)(tensors=map(combine_from_streaming, parts), **_head(first))
+
+
+async def _within(timeout: float | None, peer: PeerID, answer: Any) -> Any:
+    """Await something of a peer's, so many seconds; PeerError however that fails."""
+    try:
+        return await asyncio.wait_for(answer, timeout)
+    except PeerError:
+        raise
+    except Exception as error:
+        late, refused = isinstance(error, asyncio.TimeoutError), isinstance(error, P2PHandlerError)
+        broke = "" if refused else "the connection broke: "
+        reason = f"no answer in {timeout:g} s" if late else broke + _first_line(error)
+        raise PeerError(reason, peer, silent=not refused) from error
+
+
+async def call(p2p: P2P, peer: PeerID, rpc: str, request, answer: type, timeout: float) -> Any:
+    """One unary call; PeerError however it fails."""
+    return await _within(timeout, peer, p2p.call_protobuf_handler(peer, f"{HANDLER}.{rpc}", request, answer))
 
 
 class Stream:
@@ -727,83 +658,60 @@ class Stream:
     other side dies (PROTOCOL.md, "hivemind 1.1.12, as it behaves"). Wire thread."""
 
     def __init__(self, peer: PeerID, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
-        self.peer, self.reader, self.writer = peer, reader, writer
+        self.peer, self.reader, self.writer, self.close = peer, reader, writer, writer.close
 
     @classmethod
     async def open(cls, p2p: P2P, peer: PeerID, rpc: str, timeout: float) -> Stream:
-        try:
-            opening = p2p.call_binary_stream_handler(peer, f"{HANDLER}.{rpc}")
-            return cls(peer, *(await asyncio.wait_for(opening, timeout))[1:])
-        except Exception as error:
-            raise PeerError(f"cannot reach it: {_first_line(error)}", peer) from error
+        opening = p2p.call_binary_stream_handler(peer, f"{HANDLER}.{rpc}")
+        return cls(peer, *(await _within(timeout, peer, opening))[1:])
 
     async def send(self, message) -> None:
-        try:
-            await P2P.send_protobuf(message, self.writer)
-        except (OSError, RuntimeError) as error:
-            raise PeerError(f"the connection broke: {_first_line(error)}", self.peer) from error
+        await _within(None, self.peer, P2P.send_protobuf(message, self.writer))
 
     async def receive(self, kind: type) -> Any:
         """The next message; PeerError if the peer reports an error or the stream ends."""
-        try:
-            message, error = await P2P.receive_protobuf(kind, self.reader)
-        except Exception as broken:  # end of file, reset, or bytes that are no message
-            raise PeerError(f"the connection broke: {_first_line(broken)}", self.peer) from broken
+        message, error = await _within(None, self.peer, P2P.receive_protobuf(kind, self.reader))
         if error is not None:
             raise PeerError(error.message, self.peer, silent=False)
         return message
 
-    async def until_end(self, kind: type) -> AsyncIterator[Any]:
-        """The messages up to the peer's end of the stream, which is an end of file between two messages."""
-        while True:
-            try:
-                yield await self.receive(kind)
-            except PeerError as error:
-                cause = error.__cause__
-                if isinstance(cause, asyncio.IncompleteReadError) and not cause.partial:
-                    return
+    async def converse(self, request: ExpertRequest) -> ExpertResponse:
+        """One large request, and the answer up to the peer's end of the stream."""
+        for message in split_message(request):
+            await self.send(message)
+        await self.send(P2P.END_OF_STREAM)
+        return await join_messages(self._until_end())
+
+    async def _until_end(self) -> AsyncIterator[ExpertResponse]:
+        try:
+            while True:
+                yield await self.receive(ExpertResponse)
+        except PeerError as error:  # that of an answer cut short too: what came of it will not fit its size
+            if not isinstance(error.__cause__, asyncio.IncompleteReadError):
                 raise
 
-    def close(self) -> None:
-        self.writer.close()
 
-
-async def _within(timeout: float, peer: PeerID, answer: Any) -> Any:
-    """Await a peer's answer; PeerError however that fails."""
-    try:
-        return await asyncio.wait_for(answer, timeout)
-    except PeerError:
-        raise
-    except asyncio.TimeoutError as error:
-        raise PeerError(f"no answer in {timeout:g} s", peer) from error
-    except Exception as error:
-        raise PeerError(_first_line(error), peer, not isinstance(error, P2PHandlerError)) from error
-
-
-async def call(p2p: P2P, peer: PeerID, rpc: str, request, answer: type, timeout: float) -> Any:
-    """One unary call; PeerError however it fails."""
-    calling = p2p.call_protobuf_handler(peer, f"{HANDLER}.{rpc}", request, answer)
-    return await _within(timeout, peer, calling)
-
-
-async def call_large(
-    p2p: P2P, peer: PeerID, rpc: str, request: ExpertRequest, timeout: float
-) -> ExpertResponse:
+async def call_large(p2p: P2P, peer: PeerID, rpc: str, request: ExpertRequest, timeout: float) -> Any:
     """rpc_forward or rpc_backward, by stream when the request is large."""
     if _size(request) <= STREAM_BYTES:
         return await call(p2p, peer, rpc, request, ExpertResponse, timeout)
-    stream = await Stream.open(p2p, peer, f"{rpc}_stream", timeout)
+    with contextlib.closing(await Stream.open(p2p, peer, f"{rpc}_stream", timeout)) as stream:
+        return await _within(timeout, peer, stream.converse(request))
 
-    async def converse() -> ExpertResponse:
-        for message in split_message(request):
-            await stream.send(message)
-        await stream.send(P2P.END_OF_STREAM)
-        return await join_messages(stream.until_end(ExpertResponse))
 
-    try:
-        return await _within(timeout, peer, converse())
-    finally:
-        stream.close()
+_JOIN_ERRORS = {  # what hivemind and libp2p say -> what it means, what to do
+    "address already in use|failed to listen": "cannot listen there; choose another --port",
+    "already taken": "the identity is in use; stop that peer or give another --identity_path",
+}
+
+
+class _PendingCalls(dict):
+    """hivemind's calls to libp2p's daemon, without those that just ended, late or cancelled. hivemind would
+    set the result of such a one, fail on it and read nothing from its daemon any more, which then ends: that
+    befell a process that had been stopped for seconds."""
+
+    def __contains__(self, id: Any) -> bool:
+        return id in self.keys() and not self[id].done()
 
 
 class Swarm:
@@ -811,36 +719,41 @@ class Swarm:
     runs in the wire thread. With a running `hivemind.DHT` given, that one's host and node are used
     instead."""
 
-    def __init__(self, p2p: P2P, node: DHTNode | None = None, dht: hivemind.DHT | None = None):
-        self.p2p, self.node, self.dht = p2p, node, dht
-        self.bootstrap: list[PeerID] = []  # the initial peers
+    def __init__(self, p2p: P2P, node: DHTNode | None = None, dht: Any = None, bootstrap: Sequence = ()):
+        self.p2p, self.peer_id, self.node, self.dht = p2p, p2p.peer_id, node, dht
+        self.bootstrap: Sequence[PeerID] = bootstrap  # the initial peers
         self.met: set[PeerID] = set()  # servers of the last reading of the directory
         _bound_nesting()
+        control = p2p._client.control
+        control._pending_calls = _PendingCalls(control._pending_calls)
         if node is not None:
             node.protocol.serializer = RecordSerializer
-            weakref.finalize(self, Swarm._dropped, node)
+            weakref.finalize(self, wire().soon, lambda: _spawn(Swarm._end(node)))
 
     @classmethod
     async def join(cls, initial_peers: Sequence[str], **options: Any) -> Swarm:
         """Start a host and a node. UserError if none of the initial peers (multiaddrs ending in /p2p/ID)
         answers."""
-        for address in initial_peers:
-            check_multiaddr(address, "--initial_peers", peer=True)
+        wanted, peers = "/ip4/HOST/tcp/PORT/p2p/PEER_ID", list(initial_peers)
+        with _failing_as(UserError, f"--initial_peers: {peers} are not multiaddrs like {wanted}"):
+            bootstrap = [PeerID.from_base58(Multiaddr(address)["p2p"]) for address in peers]
+        places = ", ".join([*peers, *(options.get("host_maddrs") or [])])
         options |= {"num_workers": 32, "startup_timeout": 30, "ensure_bootstrap_success": False}
         try:
-            node = await DHTNode.create(initial_peers=list(initial_peers), **options)
+            node = await DHTNode.create(initial_peers=peers, **options)
         except Exception as error:
-            raise _explain_join(error, options) from error
-        swarm = cls(node.p2p, node)
-        swarm.bootstrap = [PeerID.from_base58(Multiaddr(address)["p2p"]) for address in initial_peers]
+            said = _first_line(error)
+            known = (what for sign, what in _JOIN_ERRORS.items() if re.search(sign, said, re.IGNORECASE))
+            raise UserError(f"{next(known, 'libp2p did not start')} ({places}): {said}") from error
+        swarm = cls(node.p2p, node, bootstrap=bootstrap)
         try:
-            await swarm._be_known(initial_peers)
+            await swarm._be_known(places)
         except BaseException:
             await swarm.leave()
             raise
         return swarm
 
-    async def _be_known(self, initial_peers: Sequence[str]) -> None:
+    async def _be_known(self, places: str) -> None:
         """Return when an initial peer has called us back. To a peer that crashed and is back, libp2p first
         uses the dead connection, until its keepalive fails: 30 s, and 10 s for the write (yamux)."""
         deadline = time.monotonic() + KEEPALIVE_SECONDS
@@ -850,17 +763,12 @@ class Swarm:
             if any(isinstance(greeting, DHTID) for greeting in greetings):
                 await self.node.find_nearest_nodes([self.node.node_id])
                 return
-            trips = await asyncio.gather(*map(self.ping, self.bootstrap))
-            if min(trips) == math.inf:
-                raise UserError(
-                    f"none of the initial peers answers ({', '.join(initial_peers)}): check the addresses, "
-                    "and that the peer runs and is reachable from here"
-                )
-            refused = next((greeting for greeting in greetings if greeting is not None), None)
-            if time.monotonic() > deadline or "local time" in str(refused):
-                raise UserError(
-                    f"the initial peers do not accept this one: {refused or 'they cannot call it'}"
-                )
+            if min(await asyncio.gather(*map(self.ping, self.bootstrap))) == math.inf:
+                text = "check the addresses, and that the peer runs and is reachable from here"
+                raise UserError(f"none of the initial peers answers ({places}): {text}")
+            said = next((greeting for greeting in greetings if greeting is not None), "they cannot call it")
+            if time.monotonic() > deadline or "local time" in str(said):
+                raise UserError(f"the initial peers do not accept this one ({places}): {said}")
 
     @classmethod
     async def borrow(cls, dht: hivemind.DHT) -> Swarm:
@@ -873,17 +781,12 @@ class Swarm:
         thread."""
         if isinstance(dht, Swarm):
             return dht
-        swarms = wire().swarms
-        key = ("dht", id(dht)) if dht is not None else ("peers", *config.initial_peers)
+        swarms, key = wire().swarms, dht or tuple(config.initial_peers)
         swarm = swarms.get(key)
         if swarm is None:
-            join = Swarm.join(config.initial_peers, client_mode=True) if dht is None else Swarm.borrow(dht)
+            join = Swarm.borrow(dht) if dht else Swarm.join(config.initial_peers, client_mode=True)
             swarm = swarms[key] = wire().call(join)
         return swarm
-
-    @property
-    def peer_id(self) -> PeerID:
-        return self.p2p.peer_id
 
     async def addresses(self) -> list[str]:
         return [str(address) for address in await self.p2p.get_visible_maddrs(latest=True)]
@@ -891,12 +794,12 @@ class Swarm:
     async def get(self, keys: Sequence[str], timeout: float = 30) -> dict[str, Any]:
         """Values by key: for a key with subkeys a dict of subkey -> (value, expiration), else the value; None
         where nothing is found in time (a peer's nonsense can make hivemind search for ever)."""
-        entries = await self._search(keys, timeout)
-        missing = [key for key in keys if entries[key] is None]
+        found = await self._search(keys, timeout)
+        missing = [key for key in keys if found[key] is None]
         if missing and self.node is not None:
             await self.rejoin()
-            entries |= await self._search(missing, timeout)
-        return {key: entry.value if entry is not None else None for key, entry in entries.items()}
+            found |= await self._search(missing, timeout)
+        return found
 
     async def _search(self, keys: Sequence[str], timeout: float) -> dict[str, Any]:
         if self.node is not None:
@@ -904,10 +807,8 @@ class Swarm:
         else:
             found = {key: self.dht.get(key, latest=True, return_future=True) for key in keys}
             found = {key: asyncio.wrap_future(future) for key, future in found.items()}
-        done, late = await asyncio.wait(found.values(), timeout=timeout)
-        for future in late:
-            future.cancel()
-        return {key: future.result() if future in done else None for key, future in found.items()}
+        entries = await _gather_quietly(*(asyncio.wait_for(entry, timeout) for entry in found.values()))
+        return {key: getattr(entry, "value", None) for key, entry in zip(found, entries, strict=True)}
 
     async def rejoin(self) -> None:
         """Meet the initial peers, and others that we met, again. hivemind forgets a DHT peer that was silent
@@ -918,64 +819,32 @@ class Swarm:
             others = random.sample(sorted(self.met), min(MAX_MET, len(self.met)))
             await _gather_quietly(*map(self.node.protocol.call_ping, {*self.bootstrap, *others}))
 
-    async def store(
-        self, keys: Sequence[str], values: Sequence[Any], subkeys: Sequence[str], seconds: float
-    ) -> int:
+    async def store(self, keys: list[str], values: list, subkeys: list[str], seconds: float) -> int:
         """Publish for so many seconds; how many keys were taken by at least one peer."""
-        done = await self.node.store_many(list(keys), list(values), get_dht_time() + seconds, list(subkeys))
+        done = await self.node.store_many(keys, values, get_dht_time() + seconds, subkeys)
         return sum(map(bool, done.values()))
 
     async def ping(self, peer: PeerID, timeout: float = 2) -> float:
         """Round trip in seconds by the DHT's own ping; infinity without an answer. A peer behind a relay that
         runs no DHT server refuses the protocol: that is an answer too (PROTOCOL.md, Directory)."""
-        start, request = time.perf_counter(), dht_pb2.PingRequest()
+        start, request, answer = time.perf_counter(), dht_pb2.PingRequest(), dht_pb2.PingResponse
         try:
-            answer = self.p2p.call_protobuf_handler(
-                peer, "DHTProtocol.rpc_ping", request, dht_pb2.PingResponse
-            )
-            await asyncio.wait_for(answer, timeout)
+            asking = self.p2p.call_protobuf_handler(peer, "DHTProtocol.rpc_ping", request, answer)
+            await asyncio.wait_for(asking, timeout)
         except Exception as error:
             if "not supported" not in str(error).lower():
                 return math.inf
         return time.perf_counter() - start
 
     async def leave(self) -> None:
-        if self.node is not None:
-            await Swarm._end(self.node)
+        await Swarm._end(self.node)
 
     @staticmethod
-    async def _end(node: DHTNode) -> None:
-        if node.is_alive:
+    async def _end(node: DHTNode | None) -> None:
+        if node is not None and node.is_alive:
             if node.cache_refresh_task is not None:  # hivemind's shutdown leaves it waiting for ever
                 node.cache_refresh_task.cancel()
             await node.shutdown()
-
-    @staticmethod
-    def _dropped(node: DHTNode) -> None:
-        if _wire is not None and _wire.pid == os.getpid():
-            _wire.soon(lambda: _spawn(Swarm._end(node)))
-
-
-def check_multiaddr(address: str, flag: str, peer: bool = False) -> None:
-    try:
-        parsed = Multiaddr(address)
-        if peer:
-            PeerID.from_base58(parsed["p2p"])
-    except Exception as error:
-        wanted = "/ip4/HOST/tcp/PORT/p2p/PEER_ID" if peer else "/ip4/0.0.0.0/tcp/31330"
-        text = f"{flag}: {address!r} is not a multiaddr like {wanted} ({_first_line(error)})"
-        raise UserError(text) from error
-
-
-def _explain_join(error: Exception, options: dict) -> PetalsError:
-    text = _first_line(error)
-    if "address already in use" in text or "failed to listen" in text:
-        return UserError(
-            f"cannot listen on {', '.join(options.get('host_maddrs', []))}: {text}; choose another --port"
-        )
-    if "already taken" in text:
-        return UserError(f"{text}; stop that peer or give another --identity_path")
-    return PetalsError(f"libp2p did not start: {text}")
 
 
 # ============================================================================================================
@@ -2494,7 +2363,7 @@ def load_block(checkpoint: Checkpoint, config: PretrainedConfig, index: int, dty
     sizes = [heads * spec.head_dim for heads in (spec.heads, spec.kv_heads, spec.kv_heads)]  # rows of q, k, v
     for (ours, parts), kind in itertools.product(family.names.items(), (".weight", ".bias")):
         experts = spec.experts if ours.startswith("experts") else 0
-        theirs = [part.format(expert=i) for i, part in itertools.product(range(experts or 1), parts)]
+        theirs = [part.format(expert=i) for i, part in itertools.product(range(experts or 1), parts.split())]
         names = [next(filter(stored.get, (n + kind for n in name.split("|"))), None) for name in theirs]
         if None in names:
             if kind == ".weight" and ours not in ("norm2", "q_norm", "k_norm"):  # those that some models lack
