@@ -1051,9 +1051,6 @@ class Span:
     def name(self) -> str:
         return self.peer.to_base58()
 
-    def cut(self, start: int, end: int) -> Span:
-        return Span(self.peer, start, end, self.info)
-
 
 def block_uids(prefix: str, start: int, end: int) -> list[str]:
     return [f"{prefix}.{index}" for index in range(start, end)]
@@ -1148,9 +1145,7 @@ class Router:
         peers = list({span.peer for span in self.spans})
         some = random.sample(peers, min(MAX_PINGED, len(peers)))
         measuring = _spawn(_gather_quietly(*map(self._measure, some)))
-        if (
-            self.updated == -math.inf
-        ):  # no round trip is known yet: those that are near get a moment to answer
+        if self.updated == -math.inf:  # no round trip is known yet: give those that are near a moment
             await asyncio.wait([measuring], timeout=PING_SECONDS)
         self.updated = time.monotonic()
 
@@ -1227,16 +1222,14 @@ class Router:
                 half, toll, compute = costs[span]
                 seconds, way = min((by_us[0] + half, by_us[1]), announced.get(span.name, _FAR), key=_seconds)
                 joined = (seconds + toll, (*way, (span, index)))
-                seconds, way = min(
-                    best.get(span, _FAR), joined, key=_seconds
-                )  # going on costs no further leg
+                # who has the blocks before goes on without a further leg
+                seconds, way = min(best.get(span, _FAR), joined, key=_seconds)
                 reached[span] = (seconds + compute, way)
             best = reached
-            by_us = min(
-                ((seconds + costs[last][0], way) for last, (seconds, way) in best.items()), key=_seconds
-            )
+            back = ((seconds + costs[last][0], way) for last, (seconds, way) in best.items())
+            by_us = min(back, key=_seconds)
         ends = itertools.pairwise([*by_us[1], (None, end)])
-        return [span.cut(first, stop) for (span, first), (_, stop) in ends]
+        return [dataclasses.replace(span, start=first, end=stop) for (span, first), (_, stop) in ends]
 
     def _costs(self, span: Span, tokens: int) -> tuple[float, float, float]:
         """Seconds: half a round trip between it and us, of joining the route, of computing a token in one
@@ -1254,12 +1247,11 @@ class Router:
         for index, spans in enumerate(self._usable(start, end), start):
             if not route or route[-1].end == index:
                 span = random.choices(spans, [max(span.info.throughput, 1e-3) for span in spans])[0]
-                route.append(span.cut(index, min(span.end, end)))
+                route.append(dataclasses.replace(span, start=index, end=min(span.end, end)))
         return route
 
     def _recent_failures(self) -> str:
-        reasons = [f"; …{str(peer)[-6:]}: {reason}" for peer, (_, _, reason, _) in self.bans.items()]
-        return "".join(reasons[-3:])
+        return "".join([f"; …{str(peer)[-6:]}: {why}" for peer, (_, _, why, _) in self.bans.items()][-3:])
 
     async def before_retry(self, attempt: int, error: PetalsError, what: str) -> None:
         """After the failure of attempt number `attempt` >= 1: ban the server and wait, or raise when
@@ -1270,9 +1262,8 @@ class Router:
             error = PeerError(f"{what} failed {attempt} times{self._recent_failures()}", error.peer)
         if config.max_retries is not None and attempt > config.max_retries:
             raise error
-        delay = (
-            min(config.min_backoff * 2 ** min(attempt - 2, 20), config.max_backoff) if attempt > 1 else 0.0
-        )
+        growth = 2 ** min(attempt - 2, 20) if attempt > 1 else 0
+        delay = min(config.min_backoff * growth, config.max_backoff)
         logger.warning("%s; retrying in %.1f s", error, delay)
         deadline, known = time.monotonic() + delay, self._places()
         while True:
@@ -1333,9 +1324,8 @@ class Step:
 
     start: int  # the position of its first token
     hidden: Tensor  # [B, T, H], CPU: the input of the route's first block
-    prompts: Tensor | None = (
-        None  # [the route's blocks, B or 1, P, H]: added to the first P tokens, per block
-    )
+    # added to the first P tokens, per block: [blocks of the route, B or 1, P, H]
+    prompts: Tensor | None = None
     hypo_ids: Tensor | None = None  # [B] int64: the cache rows are reordered so before the step
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
@@ -1432,11 +1422,8 @@ class Hop:
     thread."""
 
     def __init__(self, router: Router, start: int, end: int, span: Span | None = None, upstream: str = ""):
-        self.start, self.end, self.span = (
-            start,
-            end,
-            span,
-        )  # span None: nobody has been found for the blocks yet
+        # span None: nobody has been found for these blocks yet
+        self.start, self.end, self.span = start, end, span
         self.upstream = upstream  # base58: the peer whose pushes it takes; "": nobody's
         self.uid = " ".join(block_uids(router.prefix, start, end))
         self.session_id = str(uuid.uuid4())
@@ -1462,9 +1449,7 @@ class Hop:
             answer.add_done_callback(asyncio.Future.exception)  # it may go unread
         return self.answers[step.id]
 
-    def send(
-        self, step: Step, hidden: Tensor, prompts=None, onward: Sequence[Hop] = (), **terms: Any
-    ) -> None:
+    def send(self, step: Step, hidden: Tensor, prompts=None, onward: Sequence[Hop] = (), **terms) -> None:
         """Begin to send a step with its input at this server, which pushes its output `onward`; a server runs
         a step that it has seen only once."""
         self.expect(step)
@@ -1555,9 +1540,7 @@ class Route:
         start, ids = max(0, step.start - self.skip), step.hypo_ids
         if ids is not None:
             if not set(ids[self.rows].tolist()) <= set(self.rows):
-                raise UserError(
-                    "original Petals servers cannot reorder rows of different padding into each other"
-                )
+                raise UserError("original Petals servers cannot mix rows of different padding (hypo_ids)")
             ids = torch.tensor([self.rows.index(row) for row in ids[self.rows].tolist()])
         hidden = step.hidden[self.rows, max(0, self.skip - step.start) :]
         return Step(start, hidden, _prompts_of(step.prompts, rows=self.rows), ids)
@@ -1577,9 +1560,9 @@ class Route:
             try:
                 await self.router.refresh(max_age=self.config.update_period, wait=False)
                 await self._repair(step)
-                if attempt == 1:
-                    await self._chain(step)
-                output = await self._carry(step, self.hops)
+                output = await self._chain(step) if attempt == 1 else None
+                if output is None:
+                    output = await self._carry(step, self.hops)
                 self._commit(step, self.hops)
                 self.position = step.end
                 return output
@@ -1591,65 +1574,52 @@ class Route:
                 await self.router.before_retry(attempt, error, what)
         raise AssertionError("unreachable")
 
-    async def _chain(self, step: Step) -> None:
+    async def _chain(self, step: Step) -> Tensor | None:
         """Send the step to the first server, let each push to the next, and wait for the last one's answer.
-        Nothing is done where that cannot be: an original Petals server pushes the prompts and hypo_ids of the
-        session's first step (PROTOCOL.md, "Where Petals does not work"), and a push has a size limit."""
-        first, *rest = self.hops
-        named = all(hop.upstream == before.span.name for before, hop in itertools.pairwise(self.hops))
+        None where that cannot be: an original Petals server pushes the prompts and hypo_ids of the session's
+        first step (PROTOCOL.md, "Where Petals does not work"), and a push has a size limit."""
+        hops, rewound = self.hops, step.start != self.position
+        named = all(hop.upstream == before.span.name for before, hop in itertools.pairwise(hops))
         small = step.hidden.numel() * 4 <= MAX_UNARY_BYTES
-        plain = step.hypo_ids is None and step.start == self.position
-        able = named and small and step.prompts is None and (plain or all(hop.ours for hop in self.hops))
-        if not rest or not able:
-            return
-        for hop in rest if step.start != self.position else ():  # a rewind is the client's word alone
+        plain = step.hypo_ids is None and not rewound
+        if not (named and small and step.prompts is None and (plain or all(hop.ours for hop in hops))):
+            return None
+        for hop in hops[1:] if rewound else ():  # a rewind is the client's word alone
             hop.send(Step(step.start, step.hidden[:, :0]), step.hidden[:, :0])
-        first.send(step, step.hidden, onward=rest)
-        await self._watch(step, self.hops, self.config.request_timeout)
-
-    async def _carry(self, step: Step, hops: Sequence[Hop]) -> Tensor:
-        """Take the step from server to server ourselves, from the last one on that has already answered it
-        with nobody before it who has yet to see it."""
-        asked = itertools.takewhile(lambda hop: step.id in hop.answers, hops)
-        answered = [index for index, hop in enumerate(asked) if hop.answers[step.id].done()]
-        value, before = step.hidden, ""
-        for hop in hops[max(answered, default=0) :]:
-            answer = hop.expect(step)
-            if not answer.done():
-                hop.upstream = before or hop.upstream
-                blocks = slice(hop.start - self.blocks.start, hop.end - self.blocks.start)
-                hop.send(step, value, _prompts_of(step.prompts, blocks))
-                await self._watch(step, [hop], self.config.request_timeout)
-            value, before = _checked(answer.result(), step.hidden, hop.span.peer), hop.span.name
-        return value
-
-    async def _watch(self, step: Step, hops: Sequence[Hop], patience: float) -> None:
-        """Wait for the last answer; PeerError as soon as a server on the way is known to have failed.
-
-        The rule: a broken stream fails at once. After PROBE_SECONDS of silence the server whose turn it is is
-        asked for `rpc_info` by its own handler: an error, or two answers missed in a row, fails it. A slow
-        but honest server passes, because its handler answers from the wire thread while its executor
-        computes.
-        """
         answers = [hop.expect(step) for hop in hops]
-        vigil = _spawn(self._vigil(step, hops, time.monotonic() + patience))
-        pending = {vigil, *answers}
+        carrying = _spawn(self._carry(step, hops, chained=True))
         try:
-            while not answers[-1].done():
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for future in done:
-                    future.result()  # raises what went wrong
+            for finished in asyncio.as_completed([carrying, *answers]):
+                await finished  # raises what went wrong, wherever in the chain
+                if answers[-1].done():
+                    break
         finally:
-            vigil.cancel()
+            carrying.cancel()
+        return _checked(answers[-1].result(), step.hidden, hops[-1].span.peer)
 
-    async def _vigil(self, step: Step, hops: Sequence[Hop], deadline: float) -> None:
-        """Ask each server whose turn it is whether it lives; PeerError says that it does not. Where the push
-        to it is late, send it the step."""
-        value, sending = None, step.hidden.nbytes / SLOWEST_LINK
+    async def _carry(self, step: Step, hops: Sequence[Hop], chained: bool = False, **terms: Any) -> Tensor:
+        """Take the step from server to server; returns the last one's answer. In a chain only the first is
+        given it, and those to which the push is late. PeerError as soon as the server whose turn it is is
+        known to have failed.
+
+        The rule: a broken stream fails at once. After PROBE_SECONDS of silence the server is asked for
+        `rpc_info` by its own handler: an error, or two answers missed in a row, fails it. A slow but honest
+        server passes, because its handler answers from the wire thread while its executor computes.
+        """
+        value, before, sending = step.hidden, "", step.hidden.nbytes / SLOWEST_LINK
         for index, hop in enumerate(hops):
-            answer, peer, missed = hop.expect(step), hop.span.peer, 0
-            late = time.monotonic() + PUSH_SECONDS + sending / 10
-            while not (await asyncio.wait([answer], timeout=PROBE_SECONDS))[0]:
+            answer, peer, missed, now = hop.expect(step), hop.span.peer, 0, time.monotonic()
+            deadline = now + self.config.request_timeout + terms.get("alloc_timeout", 0.0)
+            late = now + PUSH_SECONDS + sending / 10 if chained and index else now
+            while not answer.done():
+                if time.monotonic() >= late:
+                    hop.upstream = before or hop.upstream
+                    blocks = slice(hop.start - self.blocks.start, hop.end - self.blocks.start)
+                    onward = hops[index + 1 :] if chained else ()
+                    hop.send(step, value, _prompts_of(step.prompts, blocks), onward, **terms)
+                    late = math.inf
+                if (await asyncio.wait([answer], timeout=PROBE_SECONDS))[0]:
+                    break
                 patience = min(max(1.0, 4 * self.router.pings.get(peer, 0.0)), MAX_PING) + sending
                 try:
                     await self.router.probe(peer, patience)
@@ -1660,10 +1630,8 @@ class Route:
                         raise PeerError(f"it fell silent ({error})", peer) from error
                 if time.monotonic() > deadline:
                     raise PeerError("it lives, but did not answer a step in time", peer)
-                if value is not None and time.monotonic() > late:
-                    hop.send(step, value, onward=hops[index + 1 :])
-                    late = math.inf
-            value = _checked(answer.result(), step.hidden, peer)
+            value, before = _checked(answer.result(), step.hidden, peer), hop.span.name
+        return value
 
     def _commit(self, step: Step, hops: Sequence[Hop]) -> None:
         """A step is done by all of these servers: it becomes history. Middle inputs are futures that may
@@ -1734,10 +1702,7 @@ class Route:
         if any(self.left_pad):
             terms["left_pad"] = self.left_pad
         await hop.connect(self.router)
-        step = Step(0, torch.empty(len(self.rows), 0, config.hidden_size))
-        hop.send(step, step.hidden, **terms)
-        await self._watch(step, [hop], config.alloc_timeout + config.request_timeout)
-        hop.answers.pop(step.id).result()
+        await self._carry(Step(0, torch.empty(len(self.rows), 0, config.hidden_size)), [hop], **terms)
 
 
 # ============================================================================================================
