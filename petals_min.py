@@ -1019,9 +1019,8 @@ class ServerInfo:
         """ValueError says what is wrong with a record from the directory; unknown keys are ignored."""
         expect(_listed(record) and len(record) >= 2, "(state, throughput, extra)", record)
         state, throughput, extra = (*record, {})[:3]
-        expect(type(state) is int and state in (OFFLINE, JOINING, ONLINE), "a state", state)
-        expect(_number(throughput), "a throughput", throughput)
-        expect(isinstance(extra, dict), "a dict of details", extra)
+        fits = type(state) is int and OFFLINE <= state <= ONLINE and _number(throughput)
+        expect(fits and isinstance(extra, dict), "a state, a throughput and a dict of details", record)
         known = {key: extra[key] for key in _RECORD_CHECKS if extra.get(key) is not None}
         for key, value in known.items():
             expect(_RECORD_CHECKS[key](value), f"a sensible {key}", value)
@@ -1435,7 +1434,7 @@ class Hop:
     def ours(self) -> bool:
         """Whether a petals_min server is there; an original Petals server pushes less than it should
         (PROTOCOL.md)."""
-        return self.span is not None and "step_tensors" in self.span.info.features
+        return "step_tensors" in self.span.info.features
 
     async def connect(self, router: Router) -> None:
         timeout = router.config.connect_timeout
@@ -1547,7 +1546,8 @@ class Route:
 
     async def run(self, step: Step) -> Tensor:
         """Run a step on all servers, however often it takes; returns [B, T, H]."""
-        self.prompts = {start: given for start, given in self.prompts.items() if start < step.start}
+        past = [(at, given) for at, given in self.prompts.items() if at < step.start]
+        self.prompts = {at: given[:, :, : step.start - at] for at, given in past}  # for it may be a rewind
         try:
             return torch.cat([await self._run_piece(piece) for piece in step.pieces()], dim=1)
         except BaseException:  # cancelled or out of retries: what the servers did of this step is unknown, so
@@ -1560,9 +1560,7 @@ class Route:
             try:
                 await self.router.refresh(max_age=self.config.update_period, wait=False)
                 await self._repair(step)
-                output = await self._chain(step) if attempt == 1 else None
-                if output is None:
-                    output = await self._carry(step, self.hops)
+                output = await (self._chain(step) if attempt == 1 else self._carry(step, self.hops))
                 self._commit(step, self.hops)
                 self.position = step.end
                 return output
@@ -1574,16 +1572,16 @@ class Route:
                 await self.router.before_retry(attempt, error, what)
         raise AssertionError("unreachable")
 
-    async def _chain(self, step: Step) -> Tensor | None:
+    async def _chain(self, step: Step) -> Tensor:
         """Send the step to the first server, let each push to the next, and wait for the last one's answer.
-        None where that cannot be: an original Petals server pushes the prompts and hypo_ids of the session's
-        first step (PROTOCOL.md, "Where Petals does not work"), and a push has a size limit."""
+        We carry it where that cannot be: an original Petals server pushes the prompts and hypo_ids of the
+        session's first step (PROTOCOL.md, "Where Petals does not work"), and a push has a size limit."""
         hops, rewound = self.hops, step.start != self.position
         named = all(hop.upstream == before.span.name for before, hop in itertools.pairwise(hops))
         small = step.hidden.numel() * 4 <= MAX_UNARY_BYTES
         plain = step.hypo_ids is None and not rewound
         if not (named and small and step.prompts is None and (plain or all(hop.ours for hop in hops))):
-            return None
+            return await self._carry(step, hops)
         for hop in hops[1:] if rewound else ():  # a rewind is the client's word alone
             hop.send(Step(step.start, step.hidden[:, :0]), step.hidden[:, :0])
         answers = [hop.expect(step) for hop in hops]
@@ -1681,9 +1679,7 @@ class Route:
         try:
             await _together(map(self._begin, hops))
             for at, stop in itertools.pairwise(sorted({0, *self.prompts, inputs.shape[1]})):
-                given = self.prompts.get(at)
-                given = None if given is None else given[:, :, : stop - at]  # a rewind may have cut them
-                for step in Step(at, inputs[:, at:stop], given).pieces():
+                for step in Step(at, inputs[:, at:stop], self.prompts.get(at)).pieces():
                     await self._carry(step, hops)
                     self._commit(step, hops)
         except BaseException:

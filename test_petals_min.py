@@ -993,6 +993,21 @@ def test_a_failing_server_is_left_alone_for_a_while_and_used_again_where_there_i
     assert chosen() == 0
 
 
+@pytest.mark.parametrize(
+    "refusal", ["no room for 32 cache tokens", "Could not allocate 16777216 bytes immediately: out of memory"]
+)
+def test_a_full_server_is_tried_elsewhere_first_but_has_not_failed(refusal, monkeypatch):
+    """As ours says it and as Petals does: its ban does not grow, however often it is full."""
+    now = [100.0]
+    monkeypatch.setattr(pm.time, "monotonic", lambda: now[0])
+    router = router_of(table_of(2, a0=(0, 2), a1=(0, 2)), {0: 0.01, 1: 0.5}, ban_timeout=10)
+    for _ in range(3):
+        router.failed(PEERS[0], refusal, silent=False)
+        assert path_of(router.fastest(0, 2)) == [(1, 0, 2)]
+        now[0] += 11
+        assert path_of(router.fastest(0, 2)) == [(0, 0, 2)]
+
+
 def test_a_hole_is_named():
     router = router_of(table_of(6, a0=(0, 2), a1=(4, 6)))
     with pytest.raises(
