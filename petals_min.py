@@ -878,7 +878,7 @@ def _texts(value: Any) -> bool:
 
 def _pings(value: Any) -> bool:
     fits = isinstance(value, dict) and len(value) <= MAX_PINGS
-    return fits and all(_text(peer) and _number(seconds) for peer, seconds in value.items())
+    return fits and all(map(_text, value)) and all(map(_number, value.values()))
 
 
 @dataclass
@@ -906,32 +906,26 @@ class ServerInfo:
 
     def to_record(self) -> tuple[int, float, dict]:
         extra = dataclasses.asdict(self)
-        return extra.pop("state"), float(extra.pop("throughput")), extra | {"adapters": tuple(self.adapters)}
+        return extra.pop("state"), float(extra.pop("throughput")), extra
 
     @classmethod
     def from_record(cls, record: Any) -> ServerInfo:
         """ValueError says what is wrong with a record from the directory; unknown keys are ignored."""
         expect(_listed(record) and len(record) >= 2, "(state, throughput, extra)", record)
         state, throughput, extra = (*record, {})[:3]
-        expect(type(state) is int and state in (OFFLINE, JOINING, ONLINE), "a state", state)
-        expect(_number(throughput), "a throughput", throughput)
-        expect(isinstance(extra, dict), "a dict of details", extra)
+        fits = type(state) is int and OFFLINE <= state <= ONLINE and _number(throughput)
+        expect(fits and isinstance(extra, dict), "a state, a throughput and a dict of details", record)
         known = {key: extra[key] for key in _RECORD_CHECKS if extra.get(key) is not None}
         for key, value in known.items():
             expect(_RECORD_CHECKS[key](value), f"a sensible {key}", value)
         return cls(state, float(throughput), **known)
 
 
-_CHECK_OF_TYPE = {
-    "int | None": _count,
-    "float | None": _number,
-    "str | None": _text,
-    "bool | None": lambda value: isinstance(value, bool),
-    "dict[str, float] | None": _pings,
-    "Sequence[str]": _texts,
-}
 # what each field of a record's third part must be, by its annotation: a string, thanks to __future__
-_RECORD_CHECKS = {entry.name: _CHECK_OF_TYPE[entry.type] for entry in dataclasses.fields(ServerInfo)[2:]}
+_CHECKS = {"int": _count, "float": _number, "str": _text, "bool": lambda value: isinstance(value, bool)}
+_CHECKS |= {"Sequence[str]": _texts, "dict[str, float]": _pings}
+_DETAILS = dataclasses.fields(ServerInfo)[2:]
+_RECORD_CHECKS = {entry.name: _CHECKS[entry.type.removesuffix(" | None")] for entry in _DETAILS}
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: routing asks millions of times
@@ -950,9 +944,6 @@ class Span:
     def name(self) -> str:
         return self.peer.to_base58()
 
-    def cut(self, start: int, end: int) -> Span:
-        return Span(self.peer, start, end, self.info)
-
 
 def block_uids(prefix: str, start: int, end: int) -> list[str]:
     return [f"{prefix}.{index}" for index in range(start, end)]
@@ -960,8 +951,7 @@ def block_uids(prefix: str, start: int, end: int) -> list[str]:
 
 async def announce(swarm: Swarm, prefix: str, blocks: range, info: ServerInfo, seconds: float) -> int:
     """Publish one server's record under each of its blocks; on how many blocks the directory took it."""
-    uids = block_uids(prefix, blocks.start, blocks.stop)
-    me = swarm.peer_id.to_base58()
+    uids, me = block_uids(prefix, blocks.start, blocks.stop), swarm.peer_id.to_base58()
     return await swarm.store(uids, [info.to_record()] * len(uids), [me] * len(uids), seconds)
 
 
@@ -969,41 +959,34 @@ async def read_directory(swarm: Swarm, prefix: str, count: int) -> list[dict[Pee
     """For each block the servers that have a record there, of any state. A malformed record costs only
     itself."""
     uids = block_uids(prefix, 0, count)
-    found = await swarm.get(uids)
-    table: list[dict[PeerID, ServerInfo]] = []
-    for uid in uids:
-        servers, entries = {}, found.get(uid)
-        for name, entry in entries.items() if isinstance(entries, dict) else ():
+    found, table = await swarm.get(uids), [{} for _ in uids]
+    for uid, servers in zip(uids, table, strict=True):
+        for name, entry in found[uid].items() if isinstance(found[uid], dict) else ():
             try:
                 expect(_text(name), "a peer id", name)  # note: base58 of a megabyte takes hours
                 servers[PeerID.from_base58(name)] = ServerInfo.from_record(entry.value)
             except Exception as error:
                 logger.info("skipping a malformed record of %s by %.60r: %s", uid, name, _first_line(error))
-        table.append(servers)
-    met = {peer for servers in table for peer in servers} - {swarm.peer_id}
-    swarm.met = met or swarm.met
+    swarm.met = set().union(*table) - {swarm.peer_id} or swarm.met
     return table
 
 
 def spans_of(table: list[dict[PeerID, ServerInfo]], state: int = ONLINE) -> list[Span]:
     """Maximal spans of each server in that state, by start."""
-    spans, running = [], {}
-    for index, servers in enumerate([*table, {}]):
-        here = {peer: info for peer, info in servers.items() if info.state == state}
-        for peer in [peer for peer in running if peer not in here]:
-            start, info = running.pop(peer)
-            spans.append(Span(peer, start, index, info))
-        for peer, info in here.items():
-            running[peer] = (running.get(peer, (index, None))[0], info)
-    return sorted(spans, key=lambda span: (span.start, str(span.peer)))
+    spans: dict[tuple[PeerID, int], Span] = {}  # by peer and end
+    for index, servers in enumerate(table):
+        for peer, info in servers.items():
+            if info.state == state:
+                before = spans.pop((peer, index), None)
+                spans[peer, index + 1] = Span(peer, before.start if before else index, index + 1, info)
+    return sorted(spans.values(), key=lambda span: (span.start, str(span.peer)))
 
 
 def worst_blocks(table: list[dict[PeerID, ServerInfo]], count: int) -> range:
     """The `count` consecutive blocks that the swarm serves worst: the window whose throughputs, sorted
     upwards, come first (Petals' rule: the weakest block counts most, then the next)."""
     power = [sum(info.throughput for info in servers.values() if info.state != OFFLINE) for servers in table]
-    starts = range(len(table) - count + 1)
-    start = min(starts, key=lambda s: (sorted(power[s : s + count]), s))
+    start = min(range(len(table) - count + 1), key=lambda first: sorted(power[first : first + count]))
     return range(start, start + count)
 
 
@@ -1018,6 +1001,7 @@ MAX_PINGED = 32  # servers whose round trip is measured at one reading of the di
 MAX_PING = 2.0  # seconds: the round trip of a server that did not answer a ping
 PING_SECONDS = 0.5  # for which the first reading waits for round trips
 CACHE_PENALTY = 10.0  # seconds added for a server whose cache does not hold the session (Petals' alloc_delay)
+NO_ROOM = ("no room for", "Could not allocate")  # how a server says so, ours and Petals'
 _FAR = (math.inf, ())  # a way that does not exist: seconds, route
 
 
@@ -1033,9 +1017,9 @@ class Router:
         self.spans: list[Span] = []
         self.updated = -math.inf  # time.monotonic() of the last reading
         self.pings: dict[PeerID, float] = {}  # smoothed round trips, seconds
-        self.bans: dict[PeerID, tuple[float, int]] = {}  # until when (monotonic), failures in a row
-        self.reasons: dict[PeerID, str] = {}  # the last failure of each, for the error message
-        self.silent: set[PeerID] = set()  # banned for silence: an answer lifts the ban
+        # who failed and has not succeeded since, the latest at the end: banned until (monotonic), failures in
+        # a row, why, and whether it was silent: an answer lifts such a ban
+        self.bans: dict[PeerID, tuple[float, int, str, bool]] = {}
         self._reading: asyncio.Task | None = None
 
     async def refresh(self, max_age: float = 0.0, wait: bool = True) -> None:
@@ -1049,15 +1033,14 @@ class Router:
             await asyncio.shield(self._reading)
 
     async def _read(self) -> None:
-        count = num_blocks(self.config)
-        spans = spans_of(await read_directory(self.swarm, self.prefix, count))
-        self.spans = [span for span in spans if self._allowed(span)]
-        first, self.updated = self.updated == -math.inf, time.monotonic()
+        spans = spans_of(await read_directory(self.swarm, self.prefix, num_blocks(self.config)))
+        self.spans = list(filter(self._allowed, spans))
         peers = list({span.peer for span in self.spans})
         some = random.sample(peers, min(MAX_PINGED, len(peers)))
         measuring = _spawn(_gather_quietly(*map(self._measure, some)))
-        if first:  # no round trip is known yet: give those that are near a moment to answer
+        if self.updated == -math.inf:  # no round trip is known yet: give those that are near a moment
             await asyncio.wait([measuring], timeout=PING_SECONDS)
+        self.updated = time.monotonic()
 
     async def _measure(self, peer: PeerID) -> None:
         seconds = min(await self.swarm.ping(peer), MAX_PING)  # one that does not answer is far
@@ -1065,66 +1048,54 @@ class Router:
         self.pings[peer] = seconds if old == MAX_PING else 0.8 * old + 0.2 * seconds
 
     def _allowed(self, span: Span) -> bool:
-        names = {str(span.peer), span.info.public_name}
-        allowed, blocked = self.config.allowed_servers, self.config.blocked_servers
-        adapter = self.config.active_adapter
-        return (
-            (allowed is None or bool(names & set(allowed)))
-            and not (blocked and names & set(blocked))
-            and (adapter is None or adapter in span.info.adapters)
-        )
+        config, names = self.config, {str(span.peer), span.info.public_name}
+        allowed = config.allowed_servers is None or names & set(config.allowed_servers)
+        blocked = names & set(config.blocked_servers or ())
+        return bool(allowed and not blocked and config.active_adapter in (None, *span.info.adapters))
 
     def failed(self, peer: PeerID, reason: str, silent: bool = True) -> None:
-        """Leave this peer alone for a while, twice as long at each failure in a row."""
-        (self.silent.add if silent else self.silent.discard)(peer)
-        streak = self.bans.get(peer, (0.0, 0))[1] + 1
-        seconds = self.config.ban_timeout * 2 ** min(streak - 1, 10)
-        self.bans[peer] = (time.monotonic() + seconds, streak)
-        self.reasons[peer] = reason
+        """Leave this peer alone for a while, twice as long at each failure in a row. A full cache is none: it
+        is only tried elsewhere first."""
+        failures = self.bans.pop(peer, (0.0, 0))[1]
+        seconds = self.config.ban_timeout * 2 ** min(failures, 10)
+        failures += not any(words in reason for words in NO_ROOM)
+        self.bans[peer] = (time.monotonic() + seconds, failures, reason, silent)
         logger.info("peer %s failed (%s): banned for %.0f s", peer, reason, seconds)
 
     def succeeded(self, peer: PeerID) -> None:
-        if self.bans:
-            self.bans.pop(peer, None)
-            self.silent.discard(peer)
+        self.bans.pop(peer, None)
+
+    async def probe(self, peer: PeerID, timeout: float) -> None:
+        """Ask a server's own handler for a sign of life; PeerError if there is none in `timeout` seconds."""
+        await call(self.swarm.p2p, peer, "rpc_info", ExpertUID(uid=""), ExpertInfo, timeout)
 
     async def _returned(self) -> bool:
         """Whether some server answers again that was banned for its silence."""
-        silent = [peer for peer in self.silent if peer in self.bans]
-        asked = (call(self.swarm.p2p, p, "rpc_info", ExpertUID(), ExpertInfo, 1.0) for p in silent)
-        for peer, answer in zip(silent, await _gather_quietly(*asked), strict=True):
-            if isinstance(answer, ExpertInfo):
-                self.succeeded(peer)
-        return any(peer not in self.bans for peer in silent)
+        silent = [peer for peer, (*_, silent) in self.bans.items() if silent]
+        errors = await _gather_quietly(*(self.probe(peer, 1.0) for peer in silent))
+        back = [peer for peer, error in zip(silent, errors, strict=True) if error is None]
+        for peer in back:
+            self.succeeded(peer)
+        return bool(back)
 
-    def _usable(self, start: int, end: int, needs: Callable[[Span], bool]) -> list[list[Span]]:
-        """For each block start..end-1 the spans that hold it; banned ones only where there is nobody else."""
-        now, everyone, free = time.monotonic(), [[] for _ in range(end)], [[] for _ in range(end)]
-        for span in filter(needs, self.spans):
-            banned = self.bans.get(span.peer, (0.0, 0))[0] >= now
-            for index in range(max(start, span.start), min(end, span.end)):
-                everyone[index].append(span)
-                if not banned:
-                    free[index].append(span)
-        missing = [index for index in range(start, end) if not everyone[index]]
+    def _usable(self, start: int, end: int, needs: Callable | None = None) -> list[list[Span]]:
+        """For each block start..end-1 the spans that hold it and meet the needs. Banned ones only where all
+        are: then whoever's ban ends first, which is not the one that has just failed."""
+        bans = {span: self.bans.get(span.peer, (0.0,))[0] for span in filter(needs, self.spans)}
+        table = [[span for span in bans if span.start <= index < span.end] for index in range(start, end)]
+        missing = [index for index, spans in enumerate(table, start) if not spans]
         if missing:
-            unfit = [span for span in self.spans if span.start <= missing[0] < span.end]
-            longest = max((span.info.max_length or 0 for span in unfit), default=0)
-            detail = f" for this request: those that do take up to {longest} tokens" if unfit else ""
+            unfit = [span.info.max_length or 0 for span in self.spans if span.start <= missing[0] < span.end]
+            detail = f" for this request: those that do take up to {max(unfit)} tokens" if unfit else ""
             raise MissingBlocksError(self.prefix, missing, detail + self._recent_failures())
-        return [free[index] or self._least_banned(everyone[index]) for index in range(start, end)]
+        now = time.monotonic()
+        limits = [max(now, min(bans[span] for span in spans) + 0.1) for spans in table]
+        return [[s for s in spans if bans[s] <= limit] for spans, limit in zip(table, limits, strict=True)]
 
-    def _least_banned(self, spans: list[Span]) -> list[Span]:
-        """Where everyone is banned: whoever failed longest ago, not the one that has just failed."""
-        ends = [self.bans[span.peer][0] for span in spans]
-        return [span for span, end in zip(spans, ends, strict=True) if end < min(ends) + 0.1]
-
-    def fastest(
-        self, start: int, end: int, tokens: int = 0, needs: Callable[[Span], bool] = lambda s: True
-    ) -> list[Span]:
+    def fastest(self, start: int, end: int, tokens: int = 0, needs: Callable | None = None) -> list[Span]:
         """The route of least time per token for a session of `tokens` cache tokens: half a round trip for
         each leg, the blocks' compute, a penalty where the cache is short. MissingBlocksError where a block
-        has no server.
+        has no server that meets the needs.
 
         A shortest path, block by block. A leg between two servers costs what the first announced
         (`next_pings`), else the way past us, which splits into a part of each server, so that one minimum
@@ -1138,69 +1109,65 @@ class Router:
             announced: dict[str, tuple[float, tuple]] = {}  # a next server's name -> the best leg to it
             for last, (seconds, way) in best.items():
                 for name, ping in (last.info.next_pings or {}).items():
-                    leg = seconds + ping / 2
-                    if name not in announced or leg < announced[name][0]:
-                        announced[name] = (leg, way)
+                    announced[name] = min(announced.get(name, _FAR), (seconds + ping / 2, way), key=_seconds)
             reached = {}
             for span in spans:
                 half, toll, compute = costs[span]
                 seconds, way = min((by_us[0] + half, by_us[1]), announced.get(span.name, _FAR), key=_seconds)
-                if span in best and best[span][0] <= seconds + toll:  # it goes on: no further leg
-                    seconds, way = best[span]
-                else:
-                    seconds, way = seconds + toll, (*way, (span, index))
+                joined = (seconds + toll, (*way, (span, index)))
+                # who has the blocks before goes on without a further leg
+                seconds, way = min(best.get(span, _FAR), joined, key=_seconds)
                 reached[span] = (seconds + compute, way)
             best = reached
             back = ((seconds + costs[last][0], way) for last, (seconds, way) in best.items())
             by_us = min(back, key=_seconds)
-        ends = [first for _, first in by_us[1][1:]] + [end]
-        return [span.cut(first, stop) for (span, first), stop in zip(by_us[1], ends, strict=True)]
+        ends = itertools.pairwise([*by_us[1], (None, end)])
+        return [dataclasses.replace(span, start=first, end=stop) for (span, first), (_, stop) in ends]
 
     def _costs(self, span: Span, tokens: int) -> tuple[float, float, float]:
         """Seconds: half a round trip between it and us, of joining the route, of computing a token in one
         block."""
-        info = span.info
-        left = info.cache_tokens_left  # keys and values counted apart, over all its blocks
-        blocks = (info.end_block or span.end) - (info.start_block or span.start)
-        short = left is not None and left < 2 * tokens * max(1, blocks)
-        toll = HOP_SECONDS + (CACHE_PENALTY if short else 0.0)
+        info, half = span.info, self.pings.get(span.peer, DEFAULT_PING) / 2
+        blocks = max(1, (info.end_block or span.end) - (info.start_block or span.start))
+        short = info.cache_tokens_left is not None and info.cache_tokens_left < 2 * tokens * blocks
         rate = info.inference_rps or info.throughput or DEFAULT_RPS
-        return self.pings.get(span.peer, DEFAULT_PING) / 2, toll, 1 / rate
+        return half, HOP_SECONDS + CACHE_PENALTY * short, 1 / rate
 
     def spread(self, start: int, end: int) -> list[Span]:
         """A route for one forward or backward request: servers drawn with a chance in proportion to
         throughput."""
-        route, table, first = [], self._usable(start, end, lambda span: True), start
-        while start < end:
-            spans = table[start - first]
-            span = random.choices(spans, [max(s.info.throughput, 1e-3) for s in spans])[0]
-            route.append(span.cut(start, min(span.end, end)))
-            start = route[-1].end
+        route: list[Span] = []
+        for index, spans in enumerate(self._usable(start, end), start):
+            if not route or route[-1].end == index:
+                span = random.choices(spans, [max(span.info.throughput, 1e-3) for span in spans])[0]
+                route.append(dataclasses.replace(span, start=index, end=min(span.end, end)))
         return route
 
     def _recent_failures(self) -> str:
-        return "".join(f"; …{str(peer)[-6:]}: {why}" for peer, why in list(self.reasons.items())[-3:])
+        return "".join([f"; …{str(peer)[-6:]}: {why}" for peer, (_, _, why, _) in self.bans.items()][-3:])
 
-    async def before_retry(self, attempt: int, error: Exception, what: str) -> None:
-        """Wait before attempt number `attempt` >= 1, or raise the error when `max_retries` are spent. The
-        directory is read meanwhile; whatever comes online ends the wait."""
+    async def before_retry(self, attempt: int, error: PetalsError, what: str) -> None:
+        """After the failure of attempt number `attempt` >= 1: ban the server and wait, or raise when
+        `max_retries` are spent. The directory is read meanwhile; whatever comes online ends the wait."""
         config = self.config
+        if isinstance(error, PeerError):
+            self.failed(error.peer, str(error), error.silent)
+            error = PeerError(f"{what} failed {attempt} times{self._recent_failures()}", error.peer)
         if config.max_retries is not None and attempt > config.max_retries:
-            if isinstance(error, PeerError):
-                raise PeerError(f"{what} failed {attempt} times{self._recent_failures()}", error.peer)
             raise error
-        growth = 2 ** min(attempt - 2, 20)
-        delay = 0.0 if attempt == 1 else min(config.min_backoff * growth, config.max_backoff)
-        logger.warning("%s: %s; retrying in %.1f s", what, error, delay)
-        deadline = time.monotonic() + delay
-        known = {(span.peer, span.start, span.end) for span in self.spans}
+        growth = 2 ** min(attempt - 2, 20) if attempt > 1 else 0
+        delay = min(config.min_backoff * growth, config.max_backoff)
+        logger.warning("%s; retrying in %.1f s", error, delay)
+        deadline, known = time.monotonic() + delay, self._places()
         while True:
             await self.refresh(max_age=0.5, wait=isinstance(error, MissingBlocksError))
-            new = {(span.peer, span.start, span.end) for span in self.spans} - known
             left = deadline - time.monotonic()
-            if left <= 0 or new or await self._returned():
+            if left <= 0 or self._places() - known or await self._returned():
                 return
             await asyncio.sleep(min(0.5, left))
+
+    def _places(self) -> set[tuple[PeerID, int, int]]:
+        return {(span.peer, span.start, span.end) for span in self.spans}
 
 
 # ============================================================================================================
@@ -1226,15 +1193,6 @@ async def _together(coroutines: Iterable) -> list:
         await _gather_quietly(*tasks)
 
 
-async def _before_retry(router: Router, attempt: int, error: PetalsError, what: str) -> None:
-    """After the failure of attempt number `attempt` >= 1: ban the server, wait; or raise when no retries are
-    left."""
-    if isinstance(error, PeerError):
-        router.failed(error.peer, str(error), error.silent)
-        error = PeerError(f"server …{str(error.peer)[-6:]}: {error}", error.peer)
-    await router.before_retry(attempt, error, what)
-
-
 def _checked(output: Tensor, like: Tensor, peer: PeerID) -> Tensor:
     """A server's answer, which must have the shape of what it was given."""
     if output.shape != like.shape or not output.is_floating_point():
@@ -1243,13 +1201,9 @@ def _checked(output: Tensor, like: Tensor, peer: PeerID) -> Tensor:
     return output
 
 
-def _prompts_of(
-    prompts: Tensor | None, blocks: slice = slice(None), rows: Any = slice(None)
-) -> Tensor | None:
+def _prompts_of(prompts: Tensor | None, blocks=slice(None), rows: Any = slice(None)) -> Tensor | None:
     """What deep prompts [blocks, B or 1, P, H] say to some of the blocks and rows."""
-    if prompts is None or prompts.shape[1] == 1:
-        return prompts if prompts is None else prompts[blocks]
-    return prompts[blocks, rows]
+    return None if prompts is None else prompts[blocks, rows if prompts.shape[1] > 1 else slice(None)]
 
 
 def _rows_by_padding(left_pad: Sequence[int]) -> list[tuple[int, list[int]]]:
@@ -1263,9 +1217,8 @@ class Step:
 
     start: int  # the position of its first token
     hidden: Tensor  # [B, T, H], CPU: the input of the route's first block
-    prompts: Tensor | None = (
-        None  # [blocks of the route, B or 1, P, H]: added to the first P tokens, per block
-    )
+    # added to the first P tokens, per block: [blocks of the route, B or 1, P, H]
+    prompts: Tensor | None = None
     hypo_ids: Tensor | None = None  # [B] int64: the cache rows are reordered so before the step
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
@@ -1277,12 +1230,11 @@ class Step:
         """The step in pieces that one push can carry. Deep prompts stay whole; reorders come with the first
         piece."""
         B, T, H = self.hidden.shape
-        most = max(1, MAX_UNARY_BYTES // max(1, B * H * 4))  # a server may answer float32 to bfloat16
-        if most >= T or self.prompts is not None:
+        if self.prompts is not None:
             return [self]
-        first, *rest = self.hidden.split(most, dim=1)
-        starts = range(self.start + most, self.end, most)
-        return [Step(self.start, first, None, self.hypo_ids), *map(Step, starts, rest)]
+        most = max(1, MAX_UNARY_BYTES // max(1, B * H * 4))  # a server may answer float32 to bfloat16
+        parts = enumerate(self.hidden.split(most, dim=1))
+        return [Step(self.start + i * most, part, None, None if i else self.hypo_ids) for i, part in parts]
 
 
 Source = Tensor | asyncio.Future  # inputs, or the answer of the server before, which may still be on its way
@@ -1303,90 +1255,80 @@ class Chunk:
     order: Tensor | None = None  # [B] int64: how the rows were reordered after it
 
 
+def _arrived(source: Source) -> Tensor | None:
+    if isinstance(source, asyncio.Future):
+        return source.result() if source.done() and source.exception() is None else None
+    return source
+
+
 class History:
     """What one server was given, enough to rebuild its cache: chunks that follow one another. Wire thread."""
 
     def __init__(self):
         self.chunks: list[Chunk] = []
-        self.token_bytes = 0
 
     @property
-    def bytes(self) -> int:
-        return self.token_bytes * (self.chunks[-1].end - self.chunks[0].start) if self.chunks else 0
+    def length(self) -> int:
+        return self.chunks[-1].end if self.chunks else 0
 
     def rewind(self, position: int) -> None:
         """Forget what stands at or after a position; reorders remain, for they changed the rows before it
         too."""
         while self.chunks and self.chunks[-1].start >= position:
-            gone = self.chunks.pop()
-            if self.chunks:
-                self.chunks[-1].order = _then(self.chunks[-1].order, gone.order)
-        if self.chunks and self.chunks[-1].end > position:
+            self.reorder(self.chunks.pop().order)
+        if self.length > position:
             last = self.chunks[-1]
-            last.end = position
-            value = self._value(last.source)
+            value, last.end = _arrived(last.source), position
             if value is not None:  # a copy, so that the memory of the rest is free
                 last.source = value[:, : position - last.start].clone()
+
+    def reorder(self, ids: Tensor | None) -> None:
+        if self.chunks:
+            self.chunks[-1].order = _then(self.chunks[-1].order, ids)
 
     def add(self, step: Step, source: Source) -> None:
         """Take note of a finished step. Nothing is kept after a gap, for it could not be replayed."""
         self.rewind(step.start)
-        if self.chunks:
-            self.chunks[-1].order = _then(self.chunks[-1].order, step.hypo_ids)
-        if step.end > step.start == (self.chunks[-1].end if self.chunks else 0):
+        self.reorder(step.hypo_ids)
+        if step.end > step.start == self.length:
             self.chunks.append(Chunk(step.start, step.end, source))
-            self.token_bytes = step.hidden[:, :1].nbytes
 
     async def read(self, length: int) -> Tensor | None:
         """The inputs [B, length, H] of the cache's rows as they stand now; None if some are lost or do not
         come."""
         self.rewind(length)
-        coming = [
-            c.source for c in self.chunks if isinstance(c.source, asyncio.Future) and not c.source.done()
-        ]
+        coming = [chunk.source for chunk in self.chunks if _arrived(chunk.source) is None]
         if coming:
             await asyncio.wait(coming, timeout=HISTORY_SECONDS)
-        if not self.chunks or self.chunks[-1].end != length:
-            return None
         order, pieces = None, []
         for chunk in reversed(self.chunks):
-            order, value = _then(chunk.order, order), self._value(chunk.source)
+            order, value = _then(chunk.order, order), _arrived(chunk.source)
             if value is None:
                 return None
             value = value[:, : chunk.end - chunk.start]
             pieces.append(value if order is None else value[order])
-        return torch.cat(pieces[::-1], dim=1)
-
-    @staticmethod
-    def _value(source: Source) -> Tensor | None:
-        if isinstance(source, Tensor):
-            return source
-        came = source.done() and not source.cancelled() and source.exception() is None
-        return source.result() if came else None
+        return torch.cat(pieces[::-1], dim=1) if self.length == length else None
 
 
 class Hop:
     """One server's part of a route: a stream of steps there and answers back, in the same order. Wire
     thread."""
 
-    def __init__(self, router: Router, start: int, end: int, span: Span | None = None):
-        # fixed when made
-        self.start, self.end = start, end
-        self.span = span  # None: nobody has been found for these blocks yet
+    def __init__(self, router: Router, start: int, end: int, span: Span | None = None, upstream: str = ""):
+        # span None: nobody has been found for these blocks yet
+        self.start, self.end, self.span = start, end, span
+        self.upstream = upstream  # base58: the peer whose pushes it takes; "": nobody's
         self.uid = " ".join(block_uids(router.prefix, start, end))
         self.session_id = str(uuid.uuid4())
         # while it lives
-        self.alive = False
-        self.history = History()
-        self.position = 0  # tokens in its cache after the steps under way
-        self.upstream = ""  # base58: the peer whose pushes it takes; "": nobody's
+        self.alive, self.history = False, History()
         self.answers: dict[str, asyncio.Future] = {}  # step id -> its answer, in the order of answers
 
     @property
     def ours(self) -> bool:
         """Whether a petals_min server is there; an original Petals server pushes less than it should
         (PROTOCOL.md)."""
-        return self.span is not None and "step_tensors" in self.span.info.features
+        return "step_tensors" in self.span.info.features
 
     async def connect(self, router: Router) -> None:
         timeout = router.config.connect_timeout
@@ -1396,23 +1338,22 @@ class Hop:
     def expect(self, step: Step) -> asyncio.Future:
         """The future of this server's answer to a step; the same one at every attempt."""
         if step.id not in self.answers:
-            answer = asyncio.get_running_loop().create_future()
-            answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may go unread
-            self.answers[step.id] = answer
-            self.position = step.end
+            answer = self.answers[step.id] = asyncio.get_running_loop().create_future()
+            answer.add_done_callback(asyncio.Future.exception)  # it may go unread
         return self.answers[step.id]
 
-    def send(self, step: Step, hidden: Tensor, prompts: Tensor | None = None, **metadata: Any) -> None:
-        """Begin to send a step with its input at this server; a server runs a step that it has seen only
-        once."""
+    def send(self, step: Step, hidden: Tensor, prompts=None, onward: Sequence[Hop] = (), **terms) -> None:
+        """Begin to send a step with its input at this server, which pushes its output `onward`; a server runs
+        a step that it has seen only once."""
         self.expect(step)
-        metadata |= {"session_id": self.session_id, "step_id": step.id, "start_from_position": step.start}
+        terms |= {"session_id": self.session_id, "step_id": step.id, "start_from_position": step.start}
+        if onward:
+            terms["next_servers"] = [(hop.span.name, hop.session_id, hop.start, hop.end) for hop in onward]
         if self.ours:
-            metadata["push_from"] = self.upstream
+            terms["push_from"] = self.upstream
         ids = NO_IDS if step.hypo_ids is None else step.hypo_ids
-        # not awaited: a frozen server would block it for ever, and whoever waits for the answer watches the
-        # server
-        _spawn(self._deliver([hidden, NOTHING if prompts is None else prompts, ids], metadata))
+        # not awaited: a frozen server would block it for ever; who waits for the answer watches the server
+        _spawn(self._deliver([hidden, NOTHING if prompts is None else prompts, ids], terms))
 
     async def _deliver(self, tensors: list[Tensor], metadata: dict) -> None:
         try:
@@ -1443,13 +1384,6 @@ class Hop:
             if not answer.done():
                 answer.set_exception(error)
 
-    def record(self, step: Step, source: Source) -> asyncio.Future:
-        """A step is done everywhere: its input here becomes history. Returns the input of the next server."""
-        self.history.add(step, source)
-        output = self.answers[step.id]
-        self.answers = {id: answer for id, answer in self.answers.items() if not answer.done()}
-        return output
-
     def close(self) -> None:
         """End the stream, with the empty request by which a session ends (PROTOCOL.md, RPCs). Never waits."""
         if self.alive:
@@ -1474,19 +1408,18 @@ class Route:
     sends. left_pad: for each of these rows, how many of the tokens that it does send are padding.
     """
 
-    def __init__(
-        self, router: Router, blocks: range, rows: Sequence[int], max_length: int, left_pad=(), skip: int = 0
-    ):
+    def __init__(self, router: Router, blocks: range, rows: Sequence, max_length: int, left_pad=(), skip=0):
         self.router, self.config, self.blocks = router, router.config, blocks
         self.rows, self.max_length, self.left_pad, self.skip = list(rows), max_length, list(left_pad), skip
         self.hops = [Hop(router, blocks.start, blocks.stop)]
-        self.prompts: list[tuple[int, Tensor]] = []  # (start, deep prompts) of the steps that had some
+        self.position = 0  # at which all servers stand after the last step
+        self.prompts: dict[int, Tensor] = {}  # start -> deep prompts of the steps that had some
         self.closed = False
 
     def fits(self, span: Span) -> bool:
-        info = span.info
-        long_enough = info.max_length is None or info.max_length >= self.max_length
-        return long_enough and ("left_pad" in info.features or not any(self.left_pad))
+        length, features = span.info.max_length, span.info.features
+        fits = length is None or length >= self.max_length
+        return fits and ("left_pad" in features or not any(self.left_pad))
 
     def close(self) -> None:
         self.closed = True
@@ -1497,27 +1430,22 @@ class Route:
         """Its rows' share of a session's step, without their padding."""
         if not self.skip and len(self.rows) == len(step.hidden):
             return step
-        ids = None if step.hypo_ids is None else step.hypo_ids[self.rows].tolist()
-        if ids is not None and not set(ids) <= set(self.rows):
-            raise UserError(
-                "original Petals servers cannot reorder rows of different padding into each other"
-            )
-        return Step(
-            max(0, step.start - self.skip),
-            step.hidden[self.rows, max(0, self.skip - step.start) :],
-            _prompts_of(step.prompts, rows=self.rows),
-            None if ids is None else torch.tensor([self.rows.index(row) for row in ids]),
-        )
+        start, ids = max(0, step.start - self.skip), step.hypo_ids
+        if ids is not None:
+            if not set(ids[self.rows].tolist()) <= set(self.rows):
+                raise UserError("original Petals servers cannot mix rows of different padding (hypo_ids)")
+            ids = torch.tensor([self.rows.index(row) for row in ids[self.rows].tolist()])
+        hidden = step.hidden[self.rows, max(0, self.skip - step.start) :]
+        return Step(start, hidden, _prompts_of(step.prompts, rows=self.rows), ids)
 
     async def run(self, step: Step) -> Tensor:
         """Run a step on all servers, however often it takes; returns [B, T, H]."""
-        self.prompts = [(start, prompts) for start, prompts in self.prompts if start < step.start]
+        past = [(at, given) for at, given in self.prompts.items() if at < step.start]
+        self.prompts = {at: given[:, :, : step.start - at] for at, given in past}  # for it may be a rewind
         try:
             return torch.cat([await self._run_piece(piece) for piece in step.pieces()], dim=1)
-        except (
-            BaseException
-        ):  # cancelled or out of retries: what the servers did of this step is unknown, so the
-            for hop in self.hops:  # next one begins with others, to which the history is replayed
+        except BaseException:  # cancelled or out of retries: what the servers did of this step is unknown, so
+            for hop in self.hops:  # the next one begins with others, to which the history is replayed
                 hop.close()
             raise
 
@@ -1526,96 +1454,67 @@ class Route:
             try:
                 await self.router.refresh(max_age=self.config.update_period, wait=False)
                 await self._repair(step)
-                chained = attempt == 1 and await self._chain(step)
-                output = (
-                    self.hops[-1].expect(step).result() if chained else await self._carry(step, self.hops)
-                )
-                self._commit(step)
+                output = await (self._chain(step) if attempt == 1 else self._carry(step, self.hops))
+                self._commit(step, self.hops)
+                self.position = step.end
                 return output
             except (PeerError, MissingBlocksError) as error:
                 for hop in self.hops:
                     if hop.alive and hop.span.peer == getattr(error, "peer", None):
                         hop.close()
-                await _before_retry(
-                    self.router, attempt, error, f"blocks {self.blocks.start}:{self.blocks.stop}"
-                )
+                what = f"blocks {self.blocks.start}:{self.blocks.stop}"
+                await self.router.before_retry(attempt, error, what)
         raise AssertionError("unreachable")
 
-    async def _chain(self, step: Step) -> None:
+    async def _chain(self, step: Step) -> Tensor:
         """Send the step to the first server, let each push to the next, and wait for the last one's answer.
-        Nothing is done where that cannot be: an original Petals server pushes the prompts and hypo_ids of the
+        We carry it where that cannot be: an original Petals server pushes the prompts and hypo_ids of the
         session's first step (PROTOCOL.md, "Where Petals does not work"), and a push has a size limit."""
-        first, *rest = self.hops
-        behind = []  # who stands elsewhere, or would not take the pushes
-        for before, hop in itertools.pairwise(self.hops):
-            if hop.position != step.start or (hop.ours and hop.upstream != before.span.name):
-                behind.append((before, hop))
-        plain = step.hypo_ids is None and not behind
+        hops, rewound = self.hops, step.start != self.position
+        named = all(hop.upstream == before.span.name for before, hop in itertools.pairwise(hops))
         small = step.hidden.numel() * 4 <= MAX_UNARY_BYTES
-        able = small and (plain or all(hop.ours for hop in self.hops))
-        if not rest or not able or step.prompts is not None:
-            return
-        for before, hop in behind:  # a rewind, and whose pushes count, are the client's word alone
-            hop.upstream = before.span.name
+        plain = step.hypo_ids is None and not rewound
+        if not (named and small and step.prompts is None and (plain or all(hop.ours for hop in hops))):
+            return await self._carry(step, hops)
+        for hop in hops[1:] if rewound else ():  # a rewind is the client's word alone
             hop.send(Step(step.start, step.hidden[:, :0]), step.hidden[:, :0])
-        for hop in rest:
-            hop.expect(step)
-        first.send(step, step.hidden, next_servers=self._targets(rest))
-        await self._watch(step, self.hops, self.config.request_timeout)
-
-    @staticmethod
-    def _targets(hops: Sequence[Hop]) -> list[tuple[str, str, int, int]]:
-        """To whom a server pushes, and these in turn (PROTOCOL.md, RPCs)."""
-        return [(hop.span.name, hop.session_id, hop.start, hop.end) for hop in hops]
-
-    async def _carry(self, step: Step, hops: Sequence[Hop]) -> Tensor:
-        """Take the step from server to server ourselves, from the last one on that has already answered
-        it."""
-        value, answered = step.hidden, [hop.expect(step).done() for hop in hops]
-        for index, hop in enumerate(hops):
-            answer = hop.expect(step)
-            if any(answered[index + 1 :]):
-                continue
-            if not answer.done():
-                blocks = slice(hop.start - self.blocks.start, hop.end - self.blocks.start)
-                hop.send(step, value, _prompts_of(step.prompts, blocks))
-                await self._watch(step, [hop], self.config.request_timeout)
-            value = _checked(answer.result(), step.hidden, hop.span.peer)
-        return value
-
-    async def _watch(self, step: Step, hops: Sequence[Hop], patience: float) -> None:
-        """Wait for the last answer; PeerError as soon as a server on the way is known to have failed.
-
-        The rule: a broken stream fails at once. After PROBE_SECONDS of silence the server whose turn it is is
-        asked for `rpc_info` by its own handler: an error, or two answers missed in a row, fails it. A slow
-        but honest server passes, because its handler answers from the wire thread while its executor
-        computes.
-        """
         answers = [hop.expect(step) for hop in hops]
-        vigil = _spawn(self._vigil(step, hops, time.monotonic() + patience))
-        pending = {vigil, *answers}
+        carrying = _spawn(self._carry(step, hops, chained=True))
         try:
-            while not answers[-1].done():
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for future in done:
-                    future.result()  # raises what went wrong
+            for finished in asyncio.as_completed([carrying, *answers]):
+                await finished  # raises what went wrong, wherever in the chain
+                if answers[-1].done():
+                    break
         finally:
-            vigil.cancel()
+            carrying.cancel()
+        return _checked(answers[-1].result(), step.hidden, hops[-1].span.peer)
 
-    async def _vigil(self, step: Step, hops: Sequence[Hop], deadline: float) -> None:
-        """Ask each server whose turn it is whether it lives; PeerError says that it does not. Where the push
-        to it is late, send it the step."""
+    async def _carry(self, step: Step, hops: Sequence[Hop], chained: bool = False, **terms: Any) -> Tensor:
+        """Take the step from server to server; returns the last one's answer. In a chain only the first is
+        given it, and those to which the push is late. PeerError as soon as the server whose turn it is is
+        known to have failed.
+
+        The rule: a broken stream fails at once. After PROBE_SECONDS of silence the server is asked for
+        `rpc_info` by its own handler: an error, or two answers missed in a row, fails it. A slow but honest
+        server passes, because its handler answers from the wire thread while its executor computes.
+        """
+        value, before, sending = step.hidden, "", step.hidden.nbytes / SLOWEST_LINK
         for index, hop in enumerate(hops):
-            before = hops[index - 1] if index else None
-            answer, peer, missed = hop.expect(step), hop.span.peer, 0
-            sending = step.hidden.nbytes / SLOWEST_LINK
-            late = time.monotonic() + PUSH_SECONDS + sending / 10
-            while not (await asyncio.wait([answer], timeout=PROBE_SECONDS))[0]:
+            answer, peer, missed, now = hop.expect(step), hop.span.peer, 0, time.monotonic()
+            deadline = now + self.config.request_timeout + terms.get("alloc_timeout", 0.0)
+            late = now + PUSH_SECONDS + sending / 10 if chained and index else now
+            while not answer.done():
+                if time.monotonic() >= late:
+                    hop.upstream = before or hop.upstream
+                    blocks = slice(hop.start - self.blocks.start, hop.end - self.blocks.start)
+                    onward = hops[index + 1 :] if chained else ()
+                    hop.send(step, value, _prompts_of(step.prompts, blocks), onward, **terms)
+                    late = math.inf
+                if (await asyncio.wait([answer], timeout=PROBE_SECONDS))[0]:
+                    break
                 patience = min(max(1.0, 4 * self.router.pings.get(peer, 0.0)), MAX_PING) + sending
                 try:
-                    await call(
-                        self.router.swarm.p2p, peer, "rpc_info", ExpertUID(uid=""), ExpertInfo, patience
-                    )
+                    await self.router.probe(peer, patience)
                     missed = 0
                 except PeerError as error:
                     missed += 1
@@ -1623,66 +1522,60 @@ class Route:
                         raise PeerError(f"it fell silent ({error})", peer) from error
                 if time.monotonic() > deadline:
                     raise PeerError("it lives, but did not answer a step in time", peer)
-                if before is not None and time.monotonic() > late:
-                    value = _checked(before.expect(step).result(), step.hidden, before.span.peer)
-                    hop.send(step, value, next_servers=self._targets(hops[index + 1 :]))
-                    late = math.inf
+            value, before = _checked(answer.result(), step.hidden, peer), hop.span.name
+        return value
 
-    def _commit(self, step: Step) -> None:
-        """The step is done everywhere: it becomes history. Middle inputs are futures that may still be on
-        their way."""
+    def _commit(self, step: Step, hops: Sequence[Hop]) -> None:
+        """A step is done by all of these servers: it becomes history. Middle inputs are futures that may
+        still be on their way."""
         source: Source = step.hidden
-        for hop in self.hops:
-            source = hop.record(step, source)
+        for hop in hops:
+            hop.history.add(step, source)
+            source = hop.answers[step.id]
+            hop.answers = {id: answer for id, answer in hop.answers.items() if not answer.done()}
             if hop.alive:
                 self.router.succeeded(hop.span.peer)
         if step.hypo_ids is not None:
-            self.prompts = [(start, _prompts_of(given, rows=step.hypo_ids)) for start, given in self.prompts]
+            self.prompts = {at: _prompts_of(given, rows=step.hypo_ids) for at, given in self.prompts.items()}
         if step.prompts is not None:
-            self.prompts.append((step.start, step.prompts))
-        if sum(hop.history.bytes for hop in self.hops[1:]) > self.config.max_history_bytes:
-            for hop in self.hops[1:]:
-                hop.history.rewind(0)  # a repair must then begin with the embeddings
+            self.prompts[step.start] = step.prompts
+        later = [hop.history for hop in self.hops[1:]]
+        if sum(h.length for h in later) * step.hidden[:, :1].nbytes > self.config.max_history_bytes:
+            for history in later:
+                history.rewind(0)  # a repair must then begin with the embeddings
 
     async def _repair(self, step: Step) -> None:
         """Find servers for the blocks that have none, and bring their caches to the step's start."""
         while not self.closed:
-            alive = [hop.alive for hop in self.hops]
+            alive = [hop.alive for hop in self.hops] + [True]
             if all(alive):
                 return
             first = alive.index(False)
-            stop = alive.index(True, first) if True in alive[first:] else len(alive)
-            lost = self.hops[first:stop]
-            inputs = await lost[0].history.read(step.start) if step.start else None
-            if step.start and inputs is None:  # the inputs were lost too: begin with the server before
+            lost = slice(first, alive.index(True, first))
+            ends, history = self.hops[lost], self.hops[first].history
+            inputs = await history.read(step.start) if step.start else step.hidden[:, :0]
+            if inputs is not None:
+                self.hops[lost] = await self._open(ends[0].start, ends[-1].end, inputs)
+            else:  # the inputs were lost too: begin with the server before
                 assert first, "the first server's inputs are always kept"
                 self.hops[first - 1].close()
-            else:
-                self.hops[first:stop] = await self._open(lost[0].start, lost[-1].end, inputs)
         self.close()  # once more: before Python 3.12 `wait_for` could miss that it was cancelled
         raise UserError("this session was closed while a step was under way")
 
-    async def _open(self, start: int, end: int, inputs: Tensor | None) -> list[Hop]:
+    async def _open(self, start: int, end: int, inputs: Tensor) -> list[Hop]:
         """New servers for some blocks, their caches rebuilt from the inputs [B, T, H] of the first of
         them."""
-        tokens = len(self.rows) * self.max_length
-        spans = self.router.fastest(start, end, tokens=tokens, needs=self.fits)
+        spans = self.router.fastest(start, end, len(self.rows) * self.max_length, self.fits)
         if self.config.show_route:
             logger.info("route found: %s", " => ".join(map(str, spans)))
-        hops = [Hop(self.router, span.start, span.end, span) for span in spans]
-        for before, hop in itertools.pairwise(hops):
-            hop.upstream = before.span.name
+        names = ["", *(span.name for span in spans)]
+        hops = [Hop(self.router, s.start, s.end, s, name) for s, name in zip(spans, names, strict=False)]
         try:
             await _together(map(self._begin, hops))
-            starts = sorted({0, *(start for start, _ in self.prompts)})
-            for start, stop in itertools.pairwise([*starts, inputs.shape[1]] if inputs is not None else []):
-                given = dict(self.prompts).get(start)
-                given = None if given is None else given[:, :, : stop - start]  # a rewind may have cut them
-                for step in Step(start, inputs[:, start:stop], given).pieces():
+            for at, stop in itertools.pairwise(sorted({0, *self.prompts, inputs.shape[1]})):
+                for step in Step(at, inputs[:, at:stop], self.prompts.get(at)).pieces():
                     await self._carry(step, hops)
-                    source: Source = step.hidden
-                    for hop in hops:
-                        source = hop.record(step, source)
+                    self._commit(step, hops)
         except BaseException:
             for hop in hops:
                 hop.close()
@@ -1699,10 +1592,7 @@ class Route:
         if any(self.left_pad):
             terms["left_pad"] = self.left_pad
         await hop.connect(self.router)
-        step = Step(0, torch.empty(len(self.rows), 0, config.hidden_size))
-        hop.send(step, step.hidden, **terms)
-        await self._watch(step, [hop], config.alloc_timeout + config.request_timeout)
-        hop.answers.pop(step.id).result()
+        await self._carry(Step(0, torch.empty(len(self.rows), 0, config.hidden_size)), [hop], **terms)
 
 
 # ============================================================================================================
@@ -2008,7 +1898,7 @@ async def remote_forward(router: Router, blocks: range, hidden: Tensor, prompts:
             hidden, at, attempt = output, span.end, 0
         except (PeerError, MissingBlocksError) as error:
             attempt += 1
-            await _before_retry(router, attempt, error, f"forward of blocks {at}:{blocks.stop}")
+            await router.before_retry(attempt, error, f"forward of blocks {at}:{blocks.stop}")
     return hidden, trail
 
 
@@ -2024,7 +1914,7 @@ async def remote_backward(router: Router, first: int, trail: Trail, grad: Tensor
             prompt_grads, attempt = its_prompts + prompt_grads, 0
         except PeerError as error:
             attempt += 1
-            await _before_retry(router, attempt, error, f"backward of {span}")
+            await router.before_retry(attempt, error, f"backward of {span}")
             trail += (await remote_forward(router, range(span.start, span.end), hidden, part))[1]
     return grad, torch.cat(prompt_grads) if prompt_grads else None
 
@@ -3251,11 +3141,12 @@ def _report(**facts: Any) -> None:
 
 
 def _stay_online(swarm: Swarm, text: str, **facts: Any) -> None:
-    """Say it to people and to programs; then wait for a signal."""
+    """Say it to people and to programs; then wait for a signal (or an error that ends us)."""
     peers = wire().call(swarm.addresses())
     _say(f"{text} --initial_peers {' '.join(peers)}")
     _report(state="online", **facts, peer_id=str(swarm.peer_id), initial_peers=peers)
-    signal.pause()
+    wire().call(swarm.p2p._child.wait())
+    raise PetalsError("libp2p's daemon ended, so nobody reaches this process any more; start it again")
 
 
 def run_serve(model: str, new_swarm: bool = False, initial_peers: Sequence[str] = (), **options: Any) -> None:

@@ -995,6 +995,21 @@ def test_a_failing_server_is_left_alone_for_a_while_and_used_again_where_there_i
     assert chosen() == 0
 
 
+@pytest.mark.parametrize(
+    "refusal", ["no room for 32 cache tokens", "Could not allocate 16777216 bytes immediately: out of memory"]
+)
+def test_a_full_server_is_tried_elsewhere_first_but_has_not_failed(refusal, monkeypatch):
+    """As ours says it and as Petals does: its ban does not grow, however often it is full."""
+    now = [100.0]
+    monkeypatch.setattr(pm.time, "monotonic", lambda: now[0])
+    router = router_of(table_of(2, a0=(0, 2), a1=(0, 2)), {0: 0.01, 1: 0.5}, ban_timeout=10)
+    for _ in range(3):
+        router.failed(PEERS[0], refusal, silent=False)
+        assert path_of(router.fastest(0, 2)) == [(1, 0, 2)]
+        now[0] += 11
+        assert path_of(router.fastest(0, 2)) == [(0, 0, 2)]
+
+
 def test_a_hole_is_named():
     router = router_of(table_of(6, a0=(0, 2), a1=(4, 6)))
     with pytest.raises(
@@ -3079,7 +3094,6 @@ class Faults:
             assert time.monotonic() < deadline, f"the client cannot reach {away}"
             time.sleep(0.2)
         router.bans.clear()
-        router.silent.clear()
         until(lambda: pm.wire().call(router.refresh(max_age=0.2)) or len(router.spans) == len(self.hosts))
 
 
@@ -3185,10 +3199,10 @@ def test_a_loss_during_recovery(faults, model, reference, moment, monkeypatch):
         strike(hop)
         await connect(hop, router)
 
-    async def carrying(route, step, hops):
-        if hops is not route.hops:  # new ones, which the history is replayed to
+    async def carrying(route, step, hops, *more, **terms):
+        if hops is not route.hops and step.hidden.numel():  # new ones, which the history is replayed to
             strike(hops[0])
-        return await carry(route, step, hops)
+        return await carry(route, step, hops, *more, **terms)
 
     if moment == "connect":
         monkeypatch.setattr(pm.Hop, "connect", connecting)
