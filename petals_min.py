@@ -699,7 +699,9 @@ async def call_large(p2p: P2P, peer: PeerID, rpc: str, request: ExpertRequest, t
         return await _within(timeout, peer, stream.converse(request))
 
 
+_NOBODY = "none of the initial peers answers; check the addresses, and that they run and are reachable"
 _JOIN_ERRORS = {  # what hivemind and libp2p say -> what it means, what to do
+    "failed to connect to bootstrap": _NOBODY,
     "address already in use|failed to listen": "cannot listen there; choose another --port",
     "already taken": "the identity is in use; stop that peer or give another --identity_path",
 }
@@ -764,8 +766,7 @@ class Swarm:
                 await self.node.find_nearest_nodes([self.node.node_id])
                 return
             if min(await asyncio.gather(*map(self.ping, self.bootstrap))) == math.inf:
-                text = "check the addresses, and that the peer runs and is reachable from here"
-                raise UserError(f"none of the initial peers answers ({places}): {text}")
+                raise UserError(f"{_NOBODY} ({places})")
             said = next((greeting for greeting in greetings if greeting is not None), "they cannot call it")
             if time.monotonic() > deadline or "local time" in str(said):
                 raise UserError(f"the initial peers do not accept this one ({places}): {said}")
