@@ -36,7 +36,6 @@ from test_petals_min import (
     Clock,
     Faults,
     disturbed,
-    generate,
     make_model,
     prompt,
     save,
@@ -94,75 +93,87 @@ def memory(pid: int) -> float:
     return math.nan  # it was ending
 
 
-def soak(minutes: float = 30, clients: int = 8, period: float = 10) -> None:
-    """Question: does anything go wrong, hang, grow or leak when servers fail for half an hour?"""
-    chance, reference, over = random.Random(1), make_model("llama"), threading.Event()
-    modes = [mode for mode in MODES if mode != "assistant"]  # one draft model cannot serve eight threads
-    expected = {mode: undisturbed(reference, mode) for mode in modes}
-    done, wrong, errors, slowest = [0] * clients, [], [], [0.0] * clients
-    with faulty_swarm(reference, CHAOS_SPANS) as faults:
-        models = [faults.client() for _ in range(clients)]
-        sampling = threading.Lock()
+class Soak:
+    """Clients that generate all the time, each in a thread with its own peer, and what came of it."""
 
-        def use(index: int) -> None:
-            for mode in itertools.cycle(modes):
-                if over.is_set():
-                    return
-                began = time.monotonic()
-                try:
-                    if mode == "sampling":  # torch's generator is the process's own
-                        with sampling:
-                            ids = generate(models[index], mode, SEEDS["llama"][mode]).tolist()
-                    else:
-                        ids = models[index].generate(**prompt(mode, SEEDS["llama"][mode])).tolist()
-                except Exception as error:
-                    errors.append(f"client {index}, {mode}: {error!r}")
-                    continue
-                slowest[index] = max(slowest[index], time.monotonic() - began)
-                done[index] += 1
-                if ids != expected[mode]:
-                    wrong.append((index, mode))
-
-        threads = [threading.Thread(target=use, args=(index,), daemon=True) for index in range(clients)]
-        for thread in threads:
+    def __init__(self, faults: Faults, reference, clients: int):
+        modes = [mode for mode in MODES if mode != "assistant"]  # one draft model cannot serve eight threads
+        self.expected = {mode: undisturbed(reference, mode) for mode in modes}
+        self.models = [faults.client() for _ in range(clients)]
+        self.done, self.slowest, self.wrong, self.errors = [0] * clients, [0.0] * clients, [], []
+        self.over = threading.Event()
+        self.threads = [threading.Thread(target=self.use, args=(i,), daemon=True) for i in range(clients)]
+        for thread in self.threads:
             thread.start()
-        start, samples, faults_done = time.monotonic(), [], {"crash": 0, "freeze": 0, "cut": 0}
-        while (now := time.monotonic()) - start < 60 * minutes:
-            verb = chance.choice(["crash", "freeze"] + ["cut"] * (faults.net is not None))
-            getattr(faults, verb)(chance.choice(list(faults.hosts)), chance.random() < 0.5)
-            faults_done[verb] += 1
-            time.sleep(period / 2)
-            faults.mend()
-            time.sleep(max(0.0, now + period - time.monotonic()))
-            client = memory(os.getpid())
-            pids = {host: faults.processes[host].popen.pid for host in faults.host_of.values()}
-            servers = {host: (pid, memory(pid)) for host, pid in pids.items()}
-            samples.append((time.monotonic() - start, client, servers))
-            mean = statistics.mean(mib for _, mib in servers.values())
-            figures = f"{sum(done)} generations, client {client:.0f} MiB, servers {mean:.0f} MiB"
-            print(f"{samples[-1][0]:6.0f} s: {figures}, {verb}", flush=True)
-        over.set()
+
+    def use(self, index: int) -> None:
+        # torch's generator is the process's own: only one of them may sample
+        for mode in itertools.cycle(mode for mode in self.expected if mode != "sampling" or index == 0):
+            if self.over.is_set():
+                return
+            began, seed = time.monotonic(), SEEDS["llama"][mode]
+            try:
+                torch.manual_seed(seed) if mode == "sampling" else None
+                ids = self.models[index].generate(**prompt(mode, seed)).tolist()
+            except Exception as error:
+                self.errors.append(f"client {index}, {mode}: {error!r}")
+                continue
+            self.slowest[index] = max(self.slowest[index], time.monotonic() - began)
+            self.done[index] += 1
+            if ids != self.expected[mode]:
+                self.wrong.append((index, mode))
+
+    def end(self, patience: float = 60) -> int:
+        """How many clients hang: did not end their last generation in so many seconds."""
+        self.over.set()
+        deadline = time.monotonic() + patience
+        for thread in self.threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return sum(thread.is_alive() for thread in self.threads)
+
+
+def leaked(faults: Faults, swarm: pm.Swarm) -> int:
+    """Cache tokens that are not free on the servers although nobody uses them."""
+    spans = {host: span.split("@")[0].split(":") for host, span in faults.hosts.items()}
+    full = {host: 8192 * (int(last) - int(first)) for host, (first, last) in spans.items()}
+    with contextlib.suppress(AssertionError):
+        until(lambda: faults.free_tokens(swarm) == full, 60)
+    return sum(full.values()) - sum(faults.free_tokens(swarm).values())
+
+
+def endure(faults: Faults, reference, minutes: float, clients: int = 8, period: float = 10) -> dict:
+    """A fault every `period` seconds, undone half a period later; the figures."""
+    chance, samples, count = random.Random(1), [], dict.fromkeys(["crash", "freeze", "cut"], 0)
+    soak, start = Soak(faults, reference, clients), time.monotonic()
+    while (now := time.monotonic()) - start < 60 * minutes:
+        verb = chance.choice(["crash", "freeze"] + ["cut"] * (faults.net is not None))
+        getattr(faults, verb)(chance.choice(list(faults.hosts)), chance.random() < 0.5)
+        count[verb] += 1
+        time.sleep(period / 2)
         faults.mend()
-        patience = time.monotonic() + 60
-        for thread in threads:
-            thread.join(max(0.0, patience - time.monotonic()))
-        hung = sum(thread.is_alive() for thread in threads)
-        swarm = models[0].remote.router.swarm
-        spans = {host: span.split("@")[0].split(":") for host, span in faults.hosts.items()}
-        full = {host: 8192 * (int(last) - int(first)) for host, (first, last) in spans.items()}
-        with contextlib.suppress(AssertionError):
-            until(lambda: faults.free_tokens(swarm) == full, 60)
-        leaked = {host: full[host] - free for host, free in faults.free_tokens(swarm).items()}
+        time.sleep(max(0.0, now + period - time.monotonic()))
+        pids = {host: faults.processes[host].popen.pid for host in faults.host_of.values()}
+        servers = {host: (pid, memory(pid)) for host, pid in pids.items()}
+        samples.append((time.monotonic() - start, memory(os.getpid()), servers))
+        mean = statistics.mean(mib for _, mib in servers.values())
+        print(f"{samples[-1][0]:6.0f} s: {sum(soak.done)} generations, client {samples[-1][1]:.0f} MiB, "
+              f"servers {mean:.0f} MiB, {verb}", flush=True)  # fmt: skip
+    faults.mend()
+    hung = soak.end()
     settled = [sample for sample in samples if sample[0] > min(300, 30 * minutes)]
-    grown = []  # of the servers' processes that lived from then to the end
-    for host, (pid, mib) in settled[0][2].items():
-        last_pid, last_mib = settled[-1][2].get(host, (0, 0.0))
-        if pid == last_pid:
-            grown.append(last_mib - mib)
-    report(bench="soak", minutes=minutes, generations=sum(done), faults=faults_done, wrong=len(wrong),
-           errors=errors[:5], hung=hung, slowest_generation_s=round(max(slowest), 1),
-           client_mib=[round(settled[0][1]), round(settled[-1][1])],
-           server_growth_mib=[round(g, 1) for g in grown], leaked_tokens=sum(leaked.values()))  # fmt: skip
+    first, last = settled[0][2], settled[-1][2]
+    grown = [round(last[h][1] - mib, 1) for h, (pid, mib) in first.items() if last.get(h, [0])[0] == pid]
+    return {"minutes": minutes, "generations": sum(soak.done), "faults": count, "wrong": len(soak.wrong),
+            "errors": soak.errors[:5], "hung": hung, "slowest_generation_s": round(max(soak.slowest), 1),
+            "client_mib": [round(settled[0][1]), round(settled[-1][1])], "server_growth_mib": grown,
+            "leaked_tokens": leaked(faults, soak.models[0].remote.router.swarm)}  # fmt: skip
+
+
+def soak(minutes: float = 30) -> None:
+    """Question: does anything go wrong, hang, grow or leak when servers fail for half an hour?"""
+    reference = make_model("llama")
+    with faulty_swarm(reference, CHAOS_SPANS) as faults:
+        report(bench="soak", **endure(faults, reference, minutes))
 
 
 def chain(tokens: int = 60, client_ms: float = 50, server_ms: float = 1) -> None:

@@ -2386,6 +2386,10 @@ def test_a_server_ends_well_however_it_is_ended(llama, folder):
         blocks: Process(folder, "serve", llama.path, "--block_indices", blocks, *options) for blocks in how
     }
     terminal = Process(folder, "dht", "--host_maddrs", "/ip4/127.0.0.1/tcp/0")
+    hasty = Process(folder, "serve", llama.path, "--block_indices", "0:1", *options)
+    until(lambda: "loading blocks" in hasty.log.read_text(), what="the loading of blocks")
+    code, took = hasty.end(signal.SIGTERM)
+    assert (code, took < 5) == (0, True), hasty.log.read_text()
     hellos = {blocks: server.hello() for blocks, server in servers.items()}
     swarm = pm.Swarm.of(llama.model.config)
     for blocks, hello in hellos.items():
@@ -2504,6 +2508,8 @@ def test_the_commands_of_a_user(llama, folder):
     )
     chat = Process(folder, "chat", llama.path, "--greedy", "--max_new_tokens", 6, *model)
     table, facts = (Process(folder, "status", llama.path, *model, *more) for more in ([], ["--json"]))
+    demo = ["--model", llama.path, "--prompt", "w10 w11", "--max_new_tokens", 6, "--servers", 3]
+    demo = Process(folder, "demo", *demo)
 
     def says(text: str, new: int, **how) -> str:
         ids = tokenizer(text, return_tensors="pt").input_ids
@@ -2531,6 +2537,10 @@ def test_the_commands_of_a_user(llama, folder):
     ]
     out = table.finish().out
     assert all(hello["peer_id"][-6:] in out for hello in llama.hellos) and "holes: none" in out
+    result = demo.finish()
+    assert (result.code, result.out.split()) == (0, first.split()), result
+    wanted = r"route: 0:1 via .* 1:3 via .* 3:5 via .*tokens/s.*blocks 3:5 were served by"
+    assert re.search(wanted, result.err, re.DOTALL), result.err
 
 
 def test_a_hub_is_asked_for_the_ends_of_the_model_only(llama, folder, tmp_path):
@@ -3160,7 +3170,6 @@ def disturbed(faults, model, mode: str, place: int, verb: str, alone: bool = Fal
     return ids.tolist(), clock.stall(struck.at)
 
 
-@pytest.mark.faults
 def test_ten_generations_in_chaos_are_those_of_a_quiet_swarm(faults, model, reference):
     """Every mode, a crash, a freeze or a cut: of a random server of the route, at a random token."""
     chance = random.Random(3)
@@ -3177,14 +3186,22 @@ def test_ten_generations_in_chaos_are_those_of_a_quiet_swarm(faults, model, refe
         assert stall < STALL[verb], what
 
 
-@pytest.mark.faults
+def test_a_minute_of_faults_while_eight_clients_generate(faults, model, reference):
+    import bench
+
+    figures = bench.endure(faults, reference, minutes=1)
+    print(figures)
+    assert figures["generations"] > 80
+    bad = {name: figures[name] for name in ("wrong", "errors", "hung", "leaked_tokens")}
+    assert bad == {"wrong": 0, "errors": [], "hung": 0, "leaked_tokens": 0}
+
+
 @pytest.mark.parametrize("also", [[1], [2]])
 def test_several_losses_at_once(faults, model, reference, also):
     ids, stall = disturbed(faults, model, "greedy", 0, "freeze", also=also)
     assert ids == undisturbed(reference, "greedy") and stall < STALL["freeze"]
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("moment", ["connect", "replay"])
 def test_a_loss_during_recovery(faults, model, reference, moment, monkeypatch):
     """The replacement freezes, main process alone, as it is opened, or as the history is replayed to it."""
@@ -3215,7 +3232,6 @@ def test_a_loss_during_recovery(faults, model, reference, moment, monkeypatch):
     assert stall < STALL["freeze"]
 
 
-@pytest.mark.faults
 def test_rewinds_and_reorders_then_loss(faults, model):
     """Between steps, when nothing is outstanding: the next step finds them gone and rebuilds what was."""
     random_ = torch.Generator().manual_seed(1)
@@ -3245,7 +3261,6 @@ def test_rewinds_and_reorders_then_loss(faults, model):
         assert time.monotonic() - began < STALL["freeze"]
 
 
-@pytest.mark.faults
 def test_after_a_repair_tokens_come_as_fast_as_before(faults, model):
     """Each server knows who pushes to it now, also where one server stands twice in a row in the chain, and
     where the stream broke between two steps. A push that is not taken costs PUSH_SECONDS."""
@@ -3262,7 +3277,6 @@ def test_after_a_repair_tokens_come_as_fast_as_before(faults, model):
         assert time.monotonic() - began < 20 * pm.PUSH_SECONDS / 4
 
 
-@pytest.mark.faults
 def test_a_server_comes_back_empty_under_its_identity(faults, reference):
     """There is no other one. The client says which blocks, which peers and why where it may not go on; else
     it waits, and finds the server within seconds although its backoff is long."""
@@ -3302,7 +3316,6 @@ def test_a_server_comes_back_empty_under_its_identity(faults, reference):
     assert "blocks 0:5 " in found[0] and f"…{lost[-6:]}: " in found[0], found
 
 
-@pytest.mark.faults
 def test_a_session_dropped_beside_a_frozen_server_leaves_nothing(faults, model):
     """Neither a task nor a socket here, nor a page there once it is awake."""
     swarm = model.remote.router.swarm
@@ -3320,7 +3333,6 @@ def test_a_session_dropped_beside_a_frozen_server_leaves_nothing(faults, model):
     until(lambda: faults.free_tokens(swarm) == full, 10, "free pages")
 
 
-@pytest.mark.faults
 def test_a_client_whose_network_was_away_finds_the_swarm_again(faults, model, reference):
     """hivemind forgets who was silent once: a client that was cut off for a while knew nobody for ever."""
     router = model.remote.router
