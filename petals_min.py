@@ -2675,6 +2675,7 @@ class ServerSession:
         self.push_from: str | None = metadata.get("push_from")  # "": nobody; None: the client names none
         self.seen: deque[str] = deque(maxlen=MAX_SEEN)  # ids of the steps that were run
         self.pushes: dict[int, tuple[ExpertRequest, dict]] = {}  # by the position at which their turn comes
+        self.handed_on: dict[int, asyncio.Event] = {}  # by that position: set when such a step was answered
         self.busy: asyncio.Future | None = None  # the executor's work for this session
         self.requests = requests  # the client's stream
         self.reading: asyncio.Future | None = None  # its next request
@@ -2690,7 +2691,7 @@ class ServerSession:
         elif start != self.position and (len(self.pushes) >= MAX_PUSHES or held > MAX_PUSH_BYTES):
             logger.info("session %s: dropped a push, %d are waiting", self.id[:8], len(self.pushes))
         elif metadata.get("step_id") not in self.seen:
-            self.pushes[start] = (request, metadata)
+            self.pushes[start], self.handed_on[start] = (request, metadata), asyncio.Event()
             self.news.set()
 
     async def next(self) -> tuple[ExpertRequest, dict] | None:
@@ -2813,6 +2814,10 @@ class TransformerConnectionHandler(ServicerBase):
         session = self.sessions.get(metadata.get("session_id"))
         if session is not None:
             session.push(request, metadata, context.remote_id)
+            # who pushed a prompt answers the client after those who come later in the chain
+            handed_on = session.handed_on.get(metadata.get("start_from_position"))
+            if handed_on is not None and _size(request) > OFFLOAD_BYTES:
+                await _gather_quietly(asyncio.wait_for(handed_on.wait(), PUSH_SECONDS))
         return ExpertResponse()
 
     async def rpc_inference(self, requests: Requests, context: P2PContext) -> Responses:
@@ -2831,8 +2836,11 @@ class TransformerConnectionHandler(ServicerBase):
             pages = await self.pool.take(session.rows, length, min(patience, STEP_TIMEOUT))
             session.tables = RowTables(self.pool, pages, metadata.get("left_pad", ()))
             while step is not None:
+                at = session.position
                 if session.is_new(step[1].get("step_id")):
                     yield await self._infer(session, *step)
+                if at in session.handed_on:
+                    session.handed_on.pop(at).set()
                 step = await session.next()
         finally:
             del self.sessions[session.id]
@@ -2868,8 +2876,9 @@ class TransformerConnectionHandler(ServicerBase):
         response = await self._response([output], metadata)
         if metadata.get("next_servers"):
             # the next server first, then the client, on a slow link too; a frozen one is not waited for long
-            push = _spawn(self._push(response.tensors[0], order, metadata))
-            await asyncio.wait([push], timeout=_size(response) / (10 * SLOWEST_LINK))
+            push, size = _spawn(self._push(response.tensors[0], order, metadata)), _size(response)
+            patience = size / (10 * SLOWEST_LINK) + PUSH_SECONDS * (size > OFFLOAD_BYTES)
+            await asyncio.wait([push], timeout=patience)
         return response
 
     async def _push(self, output: runtime_pb2.Tensor, order: list[int], metadata: dict) -> None:
@@ -3174,7 +3183,9 @@ def run_serve(model: str, new_swarm: bool = False, initial_peers: Sequence[str] 
     hub = {name: options.pop(name) for name in _some(options, _HUB)}
     server = Server(model, initial_peers=peers, hub=hub, **_listening(**options))
     try:
-        server.start(lambda blocks: tqdm(blocks, "loading blocks", unit="block", file=sys.stderr))
+        bar = functools.partial(tqdm, desc="loading blocks", unit="block", file=sys.stderr)
+        # not here: a signal's exception amid a library's C code can come out as another one
+        wire().call(asyncio.to_thread(server.start, bar))
         info, blocks = server.info, [server.info.start_block, server.info.end_block]
         place = f"blocks {blocks[0]}:{blocks[1]} of {model} ({info.torch_dtype}, {server.device})"
         program = f"python {Path(sys.argv[0]).name}" if sys.argv[0].endswith(".py") else "petals-min"

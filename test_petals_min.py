@@ -2156,6 +2156,26 @@ def crowd(server_of, initial_peers, folder):
     return SimpleNamespace(reference=reference, servers=servers, model=model, path=path)
 
 
+def test_the_last_answer_to_a_prompt_comes_first(llama, monkeypatch):
+    """The client needs that one; the others are its history and must not stand in the way on a slow link."""
+    expect, order, hidden = pm.Hop.expect, [], torch.randn(8, 200, 48)
+    assert hidden.nbytes > pm.OFFLOAD_BYTES
+
+    def watched(hop: pm.Hop, step: pm.Step):
+        answer = expect(hop, step)
+        if step.end > step.start and hop.start not in order:
+            order.append(hop.start)
+            answer.add_done_callback(lambda _: order.append(f"answer {hop.start}"))
+        return answer
+
+    with llama.model.inference_session(max_length=200) as session:
+        session.step(hidden[:, :0])
+        monkeypatch.setattr(pm.Hop, "expect", watched)
+        session.step(hidden)
+        until(lambda: len(order) == 6, what="the answer of every server")
+    assert [entry for entry in order if isinstance(entry, str)] == ["answer 3", "answer 1", "answer 0"]
+
+
 def test_eight_clients_at_once_get_what_each_gets_alone_in_fewer_passes(crowd):
     """Twenty rounds. Each client has its own prompt, length and way to begin; the sum of their steps is
     known."""
