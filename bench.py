@@ -122,6 +122,15 @@ class Soak:
             self.done[index] += 1
             if ids != self.expected[mode]:
                 self.wrong.append((index, mode))
+                at = [
+                    n
+                    for n, pair in enumerate(zip(ids, self.expected[mode], strict=False))
+                    if pair[0] != pair[1]
+                ]
+                print(
+                    f"WRONG client {index} {mode} rows {at}, {ids}, {time.monotonic() - began:.1f} s",
+                    flush=True,
+                )
 
     def end(self, patience: float = 60) -> int:
         """How many clients hang: did not end their last generation in so many seconds."""

@@ -407,8 +407,8 @@ class ClientConfig:
 
     initial_peers: Sequence[str] = PUBLIC_INITIAL_PEERS
     dht_prefix: str | None = None
-    allowed_servers: Sequence[str] | None = None  # peer ids or public names; nobody else is used
-    blocked_servers: Sequence[str] | None = None
+    allowed_servers: Sequence[str] | None = None  # peer ids; nobody else is used
+    blocked_servers: Sequence[str] | None = None  # peer ids or public names
     use_server_to_server: bool = True  # let servers push their outputs to each other
     show_route: bool | str = "inference"  # log routes: of "inference" sessions, True: all, False: none
     connect_timeout: float = 5
@@ -445,7 +445,9 @@ class Checkpoint:
         self.name, self.hub = str(name), {key: value for key, value in hub.items() if value is not None}
         index, single = self._fetch("model.safetensors.index.json", needed=False), "model.safetensors"
         if index is not None:
-            self.files: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]  # tensor -> file
+            with _failing_as(UserError, f"the index of {self.name!r} is damaged", (ValueError, LookupError)):
+                # tensor -> file
+                self.files: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
         elif self._fetch(single, needed=False) is not None:
             self.files = dict.fromkeys(self._open(single).keys(), single)
         else:
@@ -857,7 +859,8 @@ MAX_TEXT = MAX_PINGS = 1000  # characters of a text, round trips: a record with 
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+    """A rate, a time: small enough for sums of many."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e12
 
 
 def _count(value: Any) -> bool:
@@ -904,6 +907,7 @@ class ServerInfo:
     next_pings: dict[str, float] | None = None  # base58 peer id -> round trip in seconds
     features: Sequence[str] = ()  # ours: what of FEATURES it can do
     max_length: int | None = None  # ours: the longest session it takes, in tokens
+    cache_tokens: int | None = None  # ours: the tokens that its cache holds of each block, free or not
 
     def to_record(self) -> tuple[int, float, dict]:
         extra = dataclasses.asdict(self)
@@ -959,17 +963,24 @@ async def announce(swarm: Swarm, prefix: str, blocks: range, info: ServerInfo, s
 async def read_directory(swarm: Swarm, prefix: str, count: int) -> list[dict[PeerID, ServerInfo]]:
     """For each block the servers that have a record there, of any state. A malformed record costs only
     itself."""
-    uids = block_uids(prefix, 0, count)
+    uids, latest = block_uids(prefix, 0, count), {}  # peer -> the end of its latest record, and its blocks
     found, table = await swarm.get(uids), [{} for _ in uids]
     for uid, servers in zip(uids, table, strict=True):
         for name, entry in found[uid].items() if isinstance(found[uid], dict) else ():
             try:
                 expect(_text(name), "a peer id", name)  # note: base58 of a megabyte takes hours
-                servers[PeerID.from_base58(name)] = ServerInfo.from_record(entry.value)
+                peer, info = PeerID.from_base58(name), ServerInfo.from_record(entry.value)
+                end = entry.expiration_time, info.start_block or -1, info.end_block or -1
+                servers[peer], latest[peer] = info, max(latest.get(peer, end), end)
             except Exception as error:
                 logger.info("skipping a malformed record of %s by %.60r: %s", uid, name, _first_line(error))
-    swarm.met = set().union(*table) - {swarm.peer_id} or swarm.met
-    return table
+    swarm.met = set(latest) - {swarm.peer_id} or swarm.met
+    # a server that came back with other blocks has records of its earlier life
+    told = [{peer: (info.start_block or -1, info.end_block or -1) for peer, info in t.items()} for t in table]
+    return [
+        {peer: info for peer, info in servers.items() if told[i][peer] == latest[peer][1:]}
+        for i, servers in enumerate(table)
+    ]
 
 
 def spans_of(table: list[dict[PeerID, ServerInfo]], state: int = ONLINE) -> list[Span]:
@@ -1049,9 +1060,10 @@ class Router:
         self.pings[peer] = seconds if old == MAX_PING else 0.8 * old + 0.2 * seconds
 
     def _allowed(self, span: Span) -> bool:
-        config, names = self.config, {str(span.peer), span.info.public_name}
-        allowed = config.allowed_servers is None or names & set(config.allowed_servers)
-        blocked = names & set(config.blocked_servers or ())
+        config, peer = self.config, str(span.peer)
+        # by peer id only: anybody may take any public name
+        allowed = config.allowed_servers is None or peer in map(str, config.allowed_servers)
+        blocked = {peer, span.info.public_name} & set(map(str, config.blocked_servers or ()))
         return bool(allowed and not blocked and config.active_adapter in (None, *span.info.adapters))
 
     def failed(self, peer: PeerID, reason: str, silent: bool = True) -> None:
@@ -1087,7 +1099,8 @@ class Router:
         missing = [index for index, spans in enumerate(table, start) if not spans]
         if missing:
             unfit = [span.info.max_length or 0 for span in self.spans if span.start <= missing[0] < span.end]
-            detail = f" for this request: those that do take up to {max(unfit)} tokens" if unfit else ""
+            most = max((span.info.cache_tokens or 0 for span in self.spans), default=0)
+            detail = f" for this request (rows of {max(unfit)} tokens, {most} in all)" if unfit else ""
             raise MissingBlocksError(self.prefix, missing, detail + self._recent_failures())
         now = time.monotonic()
         limits = [max(now, min(bans[span] for span in spans) + 0.1) for spans in table]
@@ -1132,7 +1145,7 @@ class Router:
         blocks = max(1, (info.end_block or span.end) - (info.start_block or span.start))
         short = info.cache_tokens_left is not None and info.cache_tokens_left < 2 * tokens * blocks
         rate = info.inference_rps or info.throughput or DEFAULT_RPS
-        return half, HOP_SECONDS + CACHE_PENALTY * short, 1 / rate
+        return half, HOP_SECONDS + CACHE_PENALTY * short, 1 / max(rate, 1e-6)
 
     def spread(self, start: int, end: int) -> list[Span]:
         """A route for one forward or backward request: servers drawn with a chance in proportion to
@@ -1418,8 +1431,9 @@ class Route:
         self.closed = False
 
     def fits(self, span: Span) -> bool:
-        length, features = span.info.max_length, span.info.features
+        length, room, features = span.info.max_length, span.info.cache_tokens, span.info.features
         fits = length is None or length >= self.max_length
+        fits = fits and (room is None or room >= len(self.rows) * self.max_length)
         return fits and ("left_pad" in features or not any(self.left_pad))
 
     def close(self) -> None:
@@ -1511,9 +1525,10 @@ class Route:
                     onward = hops[index + 1 :] if chained else ()
                     hop.send(step, value, _prompts_of(step.prompts, blocks), onward, **terms)
                     late = math.inf
-                if (await asyncio.wait([answer], timeout=PROBE_SECONDS))[0]:
+                trip = self.router.pings.get(peer, 0.0)
+                if (await asyncio.wait([answer], timeout=max(PROBE_SECONDS, trip)))[0]:
                     break
-                patience = min(max(1.0, 4 * self.router.pings.get(peer, 0.0)), MAX_PING) + sending
+                patience = min(max(1.0, 4 * trip), MAX_PING) + sending
                 try:
                     await self.router.probe(peer, patience)
                     missed = 0
@@ -1608,8 +1623,8 @@ def _require(holds: Any, otherwise: str) -> None:
 
 
 def _on_cpu(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    """What may go to the wire thread, or stay there."""
-    return None if tensor is None else tensor.detach().to("cpu", dtype)
+    """What may go to the wire thread, or stay there as history: a copy, for its owner may write into it."""
+    return None if tensor is None else tensor.detach().to("cpu", dtype, copy=True)
 
 
 def _put_together(like: Tensor, places: Iterable[Any], parts: Iterable[Tensor]) -> Tensor:
@@ -1895,6 +1910,8 @@ async def remote_forward(router: Router, blocks: range, hidden: Tensor, prompts:
             span = router.spread(at, blocks.stop)[0]
             part = _prompts_of(prompts, slice(at - blocks.start, span.end - blocks.start))
             output, *_ = await _request(router, span, "rpc_forward", [hidden], part)
+            if router.config.show_route is True:
+                logger.info("forward: %s", span)
             trail.append((span, hidden))
             hidden, at, attempt = output, span.end, 0
         except (PeerError, MissingBlocksError) as error:
@@ -2629,7 +2646,7 @@ class _Part:
 # 15  Request handler: what a server answers
 # ============================================================================================================
 
-MAX_PUSHES, MAX_PUSH_BYTES = 64, 64 * 2**20  # per session, held until their turn
+MAX_PUSHES, MAX_PUSH_BYTES = 64, 2**28  # held until their turn: per session, in all sessions together
 MAX_SEEN = 1024  # step ids that a session remembers
 MAX_REQUEST_TOKENS = 2**16  # of a forward or backward request
 REQUEST_TIMEOUT = 3 * 60.0  # seconds in which a streamed request must be here, as in Petals
@@ -2681,11 +2698,11 @@ class ServerSession:
         self.reading: asyncio.Future | None = None  # its next request
         self.news = asyncio.Event()  # a request or a push has come
 
-    def push(self, request: ExpertRequest, metadata: dict, sender: PeerID) -> None:
+    def push(self, request: ExpertRequest, metadata: dict, sender: PeerID, held: int) -> None:
         """Hold a pushed step until the session stands where it starts. What does not come from the named
-        peer, was run before, or is more than can wait has no effect; a push never rewinds."""
+        peer, was run before, or is more than can wait has no effect; a push never rewinds. held: bytes that
+        wait in all sessions."""
         start = metadata.get("start_from_position", self.position)
-        held = _size(request) + sum(_size(waiting) for waiting, _ in self.pushes.values())
         if self.push_from not in (None, sender.to_base58()):
             logger.info("session %s: dropped a push by %s, not named by its client", self.id[:8], sender)
         elif start != self.position and (len(self.pushes) >= MAX_PUSHES or held > MAX_PUSH_BYTES):
@@ -2796,6 +2813,8 @@ class TransformerConnectionHandler(ServicerBase):
         hidden, *grad, prompts, _ = await self._inputs(request, metadata, blocks, 1 + backward)
         tokens = hidden.shape[:2].numel()
         expect(1 <= tokens <= MAX_REQUEST_TOKENS, f"1 to {MAX_REQUEST_TOKENS} tokens", tokens)
+        most = self.server.max_length  # attention's cost grows with the square
+        expect(hidden.shape[1] <= most, f"rows of {most} tokens or fewer", hidden.shape[1])
         work = Work(blocks, hidden, prompts, *grad, left_pad=metadata.get("left_pad", ()))
         return await self._response(await self.executor.submit(work), metadata)
 
@@ -2813,7 +2832,8 @@ class TransformerConnectionHandler(ServicerBase):
         metadata = checked_metadata(request)
         session = self.sessions.get(metadata.get("session_id"))
         if session is not None:
-            session.push(request, metadata, context.remote_id)
+            waiting = (push for each in self.sessions.values() for push, _ in each.pushes.values())
+            session.push(request, metadata, context.remote_id, sum(map(_size, waiting)))
             # who pushed a prompt answers the client after those who come later in the chain
             handed_on = session.handed_on.get(metadata.get("start_from_position"))
             if handed_on is not None and _size(request) > OFFLOAD_BYTES:
@@ -2827,11 +2847,14 @@ class TransformerConnectionHandler(ServicerBase):
         request, metadata = step
         blocks, most = self._blocks(request.uid), self.server.max_length
         length, patience = metadata.get("max_length", math.inf), metadata.get("alloc_timeout", 0.0)
-        expect(length <= most, f"max_length, of {most} tokens or fewer", length)
+        expect(1 <= length <= most, f"max_length, of 1 to {most} tokens", length)
         hidden, *_ = await self._inputs(request, metadata, blocks)
         session = ServerSession(requests, blocks, len(hidden), metadata)
         expect(session.id not in self.sessions, "a session_id of its own", session.id)
         self.sessions[session.id] = session
+        # a client that reads no answers holds us up where no other limit looks
+        at_last, task = SESSION_TIMEOUT + STEP_TIMEOUT, asyncio.current_task()
+        end = asyncio.get_running_loop().call_later(at_last, task.cancel)
         try:
             pages = await self.pool.take(session.rows, length, min(patience, STEP_TIMEOUT))
             session.tables = RowTables(self.pool, pages, metadata.get("left_pad", ()))
@@ -2843,6 +2866,7 @@ class TransformerConnectionHandler(ServicerBase):
                     session.handed_on.pop(at).set()
                 step = await session.next()
         finally:
+            end.cancel()
             del self.sessions[session.id]
             if session.reading is not None:
                 session.reading.cancel()
@@ -2949,7 +2973,7 @@ class Server:
         self.dtype = parse_dtype(self.torch_dtype) or (torch.float32 if slow else stored)
         spec = family_of(self.config).spec(self.config, 0)
         default_length = 8192 if spec.kv_heads < spec.heads else 2048  # Petals' rule
-        self.max_length = self.inference_max_length or min(default_length, self.attn_cache_tokens)
+        self.max_length = min(self.inference_max_length or default_length, self.attn_cache_tokens)
         self.swarm = self.info = self.executor = self._announcing = None  # until `start`
 
     def start(self, progress: Callable[[Iterable], Iterable] = lambda blocks: blocks) -> None:
@@ -2958,11 +2982,14 @@ class Server:
         try:
             if self.block_indices is None:
                 table = wire().call(read_directory(self.swarm, self.prefix, self.total))
+                for servers in table:
+                    servers.pop(self.swarm.peer_id, None)  # of its earlier life
                 self.span = worst_blocks(table, len(self.span))
             first, last = self.span.start, self.span.stop
             self.info = info = ServerInfo(JOINING, 0.0, first, last, self.public_name, __version__)
             info.torch_dtype, info.quant_type = str(self.dtype).removeprefix("torch."), "none"
             info.using_relay, info.max_length, info.features = False, self.max_length, FEATURES
+            info.cache_tokens = self.attn_cache_tokens
             wire().call(self._announce())
             blocks = {}
             for index in progress(self.span):
@@ -3096,6 +3123,7 @@ _TYPES = (  # flags; what is expected of their text, what converts it, what then
     ("--block_indices", "FIRST:END, such as 0:15 for blocks 0 to 14", _pair, lambda pair: len(pair) == 2),
     ("--device", "auto, cpu, cuda or cuda:N, and that it is there", str, _computes),
     ("--identity_path", "a key's file, or a new file in a directory that exists", str, _key_or_place),
+    ("--public_name", "one line of text", str, _text),
     ("--public_ip", "an IPv4 address", str, lambda ip: Multiaddr(f"/ip4/{ip}")),
     ("--host_maddrs --announce_maddrs", "multiaddrs like /ip4/0.0.0.0/tcp/31330", str, Multiaddr),
     ("--initial_peers", "multiaddrs like /ip4/HOST/tcp/PORT/p2p/PEER_ID", str, _peer_of),
