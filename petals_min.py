@@ -74,6 +74,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import multiprocessing
 import operator
 import os
@@ -2373,7 +2374,11 @@ class PagePool:
     def __init__(self, specs: dict[int, BlockSpec], tokens: int, dtype: torch.dtype, device):
         spec, self.count = next(iter(specs.values())), max(1, tokens // PAGE)
         size = 2, len(specs), self.count, PAGE, spec.kv_heads, spec.head_dim  # alike in all blocks of a model
-        self.pages = torch.zeros(size, dtype=dtype, device=device)  # keys, then values
+        if torch.device(device).type == "cpu":  # torch.zeros would write to all of it
+            memory = mmap.mmap(-1, math.prod(size) * dtype.itemsize, mmap.MAP_PRIVATE)
+            self.pages = torch.frombuffer(memory, dtype=dtype).view(size)  # keys, then values
+        else:
+            self.pages = torch.zeros(size, dtype=dtype, device=device)
         self.k, self.v = (dict(zip(specs, half, strict=True)) for half in self.pages)
         self.free = bytearray(b"\1" * self.count)  # per page, 1: free
         self.waiting: deque[tuple[int, asyncio.Future]] = deque()  # pages wanted, in the order of asking
@@ -3077,6 +3082,8 @@ class Server:
             for index in progress(self.span):
                 how = self.dtype, self.device, self.kind
                 blocks[index] = load_block(self.checkpoint, self.config, index, *how)
+            with contextlib.suppress(AttributeError):  # glibc's: give back what loading took
+                ctypes.CDLL(None).malloc_trim(0)
             specs = {index: block.spec for index, block in blocks.items()}
             self.pool = PagePool(specs, self.attn_cache_tokens, self.dtype, self.device)
             self.executor = Executor(blocks, self.config, self.pool)
