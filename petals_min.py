@@ -3028,6 +3028,10 @@ class Server:
         named = {"dht_prefix": self.dht_prefix} if self.dht_prefix else {}
         self.config = load_config(self.model, {**named, **self.hub})
         self.prefix, self.total = self.config.dht_prefix, self.config.num_hidden_layers
+        first, end = self.block_indices or (0, self.num_blocks or self.total)
+        self.span = range(first, end)
+        if not 0 <= first < end <= self.total:
+            raise UserError(f"blocks {first}:{end}: {self.model!r} has {self.total} blocks, 0:{self.total}")
         if self.quant_type not in QUANT_TYPES:
             raise UserError(f"quant_type {self.quant_type!r}: expected {', '.join(QUANT_TYPES)}{NO_NF4}")
         self.checkpoint = Checkpoint(self.model, **self.hub)
@@ -3041,20 +3045,17 @@ class Server:
         if self.device.type == "cpu" and self.dtype == torch.float16:  # CPUs read it fast but compute slowly
             self.dtype, self.kind = torch.float32, "float16" if self.kind == "none" else self.kind
         spec = family_of(self.config).spec(self.config, 0)
-        first, end = self.block_indices or (0, self.num_blocks or self._as_many_as_fit(spec))
-        self.span = range(first, end)
-        if not 0 <= first < end <= self.total:
-            raise UserError(f"blocks {first}:{end}: {self.model!r} has {self.total} blocks, 0:{self.total}")
         default_length = 8192 if spec.kv_heads < spec.heads else 2048  # Petals' rule
         self.max_length = self.inference_max_length or min(default_length, self.attn_cache_tokens)
         self.swarm = self.info = self.executor = self._announcing = None  # until `start`
 
-    def _as_many_as_fit(self, spec: BlockSpec) -> int:
+    def _as_many_as_fit(self) -> int:
         """How many blocks, each with its cache, free memory holds beside one that is being quantized. A tenth
         of it is left to activations."""
         stored, size = stored_names(self.checkpoint, self.config, 0).values(), self.dtype.itemsize
         count = sum(math.prod(self.checkpoint.shape(name)) for name in stored)
         weights = count * matmul.BYTES.get(self.kind, size)
+        spec = family_of(self.config).spec(self.config, 0)
         cache = 2 * self.attn_cache_tokens * spec.kv_heads * spec.head_dim * size
         room = 0.9 * free_memory(self.device) - count * size
         fit, sizes = int(room // (weights + cache)), [f"{n / 2**20:.1f} MiB" for n in (weights, cache, room)]
@@ -3071,7 +3072,7 @@ class Server:
         try:
             if self.block_indices is None:
                 table = wire().call(read_directory(self.swarm, self.prefix, self.total))
-                self.span = worst_blocks(table, len(self.span))
+                self.span = worst_blocks(table, self.num_blocks or self._as_many_as_fit())
             first, last = self.span.start, self.span.stop
             self.info = info = ServerInfo(JOINING, 0.0, first, last, self.public_name, __version__)
             info.torch_dtype = "float16" if self.kind == "float16" else str(self.dtype).removeprefix("torch.")
