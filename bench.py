@@ -375,11 +375,11 @@ def packed_on_the_cpu() -> dict[str, dict[str, float]]:
             weights = [weight.to(getattr(torch, kind)) for weight in dense]
         for M in (1, 4, 16, 64, 256):
             x, times = torch.randn(M, 1024).to(torch.bfloat16 if kind == "bfloat16" else torch.float32), []
-            for weight in weights * 3:
+            for weight in (*weights[:3], *weights):
                 began = time.perf_counter()
                 matmul.linear(x, weight)
                 times.append(time.perf_counter() - began)
-            figures.setdefault(kind, {})[M] = round(1e3 * statistics.median(times[len(weights) :]), 3)
+            figures.setdefault(kind, {})[M] = round(1e3 * statistics.median(times[3:]), 3)
     rows = "".join(f"{M:>9}" for M in figures["float32"])
     print(f"     rows{rows}   ms ({torch.get_num_threads()} threads)")
     for kind, row in figures.items():
@@ -418,7 +418,8 @@ def one_server(path: Path, kind: str, folder: Path):
     options += ["--torch_dtype", "float32", *FORMATS[kind]]
     threads = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "XDG_CACHE_HOME": str(folder)}
     with Process(folder, "serve", path, "--new_swarm", *options, **threads) as server:
-        where = {key: server.hello()[key] for key in ("initial_peers", "dht_prefix")}
+        hello = server.hello()
+        where = {key: hello[key] for key in ("initial_peers", "dht_prefix")}
         yield pm.AutoDistributedModelForCausalLM.from_pretrained(path, dtype="float32", **where)
 
 
@@ -454,13 +455,13 @@ def decode(tokens: int = 60) -> None:
     weights (15 blocks) on this CPU, all formats in turn. The ceiling is the weights' bytes at the speed of
     memory."""
     torch.set_num_threads(os.cpu_count() or 1)
-    much = torch.ones(2**28, dtype=torch.uint8).view(torch.int64)
+    much = torch.ones(2**26)
     seconds = []
     for _ in range(9):
         began = time.perf_counter()
         much.sum()
         seconds.append(time.perf_counter() - began)
-    speed, times = much.nbytes / statistics.median(seconds), {kind: [] for kind in FORMATS}
+    speed, times = much.nbytes / min(seconds), {kind: [] for kind in FORMATS}
     del much
     shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 15, "head_dim": 64}
     reference = make_model("llama", **shape, num_attention_heads=16, num_key_value_heads=16)
