@@ -1,13 +1,15 @@
 """What petals_min costs, measured: one command a question. Each prints the ceiling first, where there is one,
 then what was measured, and ends with one line of JSON.
 
-    python bench.py chaos [--generations 100]   what a user notices of servers that crash, freeze or are cut
-    off python bench.py soak [--minutes 30]         whether anything goes wrong, hangs, grows or leaks under
-    faults python bench.py chain [--tokens 60]         a token over three servers, 50 ms from the client, 1 ms
-    apart
+    python bench.py chaos [--generations 100]  what one notices of servers that crash, freeze or are cut off
+    python bench.py soak [--minutes 30]        whether anything goes wrong, hangs, grows or leaks under faults
+    python bench.py chain [--tokens 60]        a token over three servers, 50 ms from the client, 1 ms apart
+    python bench.py kernels                    how near the kernels come to what the chip can do
+    python bench.py quality [--model PATH]     what smaller weights cost in perplexity
+    python bench.py decode [--tokens 60]       what smaller weights bring in speed, one row on this CPU
 
-Servers run one thread each. Slow links and cuts need root, network namespaces and /dev/net/tun (see the
-tests).
+Servers of the first three run one thread each. Slow links and cuts need root, network namespaces and
+/dev/net/tun (see the tests).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import pydoc_data.topics
 import random
 import statistics
 import tempfile
@@ -26,15 +29,20 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+import transformers
 
 import petals_min as pm
+from kernels import attention, matmul, norm, rotary
 from test_petals_min import (
     CHAOS_SPANS,
     MODES,
     NEW,
     SEEDS,
+    SMALLER,
     Clock,
     Faults,
+    Process,
     disturbed,
     make_model,
     prompt,
@@ -215,12 +223,300 @@ def chain(tokens: int = 60, client_ms: float = 50, server_ms: float = 1) -> None
            over_floor=round(figures["chain"] / floor - 1, 3), three_round_trips_ms=6 * client_ms)  # fmt: skip
 
 
+PAGE = 16
+COLD = 400 << 20  # bytes that the rounds of one measurement touch together: 8 times an H100's L2
+
+
+def timed(round_, bytes_a_round: int, most: int = 64) -> float:
+    """Median seconds of round_(i), i = which set of buffers: captured once per set in a CUDA graph, replayed
+    15 times."""
+    sets = max(1, min(most, COLD // max(1, bytes_a_round)))
+    calls = [round_(i) for i in range(sets)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles, and lets cuBLAS choose
+        for call in calls[:2]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for turn in range(18):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if turn >= 3:
+            times.append(start.elapsed_time(end) / 1000 / sets)
+    return sorted(times)[len(times) // 2]
+
+
+def ceilings() -> tuple[float, float]:
+    """(bytes a second of a large copy, reads and writes; bfloat16 flops a second of an 8192^3 product)."""
+    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    bandwidth = 2 * a.numel() / timed(lambda i: lambda: b.copy_(a), 2 * a.numel())
+    x, y = torch.randn(2, 8192, 8192, dtype=torch.bfloat16, device="cuda")
+    return bandwidth, 2 * 8192**3 / timed(lambda i: lambda: x @ y, COLD)
+
+
+class Lines:
+    """Prints one line a measurement and keeps it for the JSON line."""
+
+    def __init__(self, bandwidth: float, peak: float):
+        self.bandwidth, self.peak, self.rows = bandwidth, peak, {}
+
+    def line(self, name: str, seconds: float, beside: float | None, size: float = 0, flops: float = 0):
+        """`size` bytes or `flops`: which of them binds is the caller's to say."""
+        share = size / seconds / self.bandwidth if size else flops / seconds / self.peak
+        what = f"{size / 1e6:9.1f} MB" if size else f"{flops / 1e9:9.1f} GFLOP"
+        rate = "" if size else f" {flops / seconds / 1e12:4.0f} TFLOPS"
+        other = "" if beside is None else f"   PyTorch {beside * 1e6:9.1f} us"
+        print(f"{name:44} {seconds * 1e6:9.1f} us {what} {share:5.0%}{rate}{other}", flush=True)
+        row = {"us": seconds * 1e6, "share": share, "pytorch_us": beside and beside * 1e6}
+        self.rows[name] = {key: round(value, 4) for key, value in row.items() if value is not None}
+
+
+def bench_attention(report: Lines):
+    """Llama-3-8B's heads: decode at 8,192 keys, prefill of 8,192 tokens; bfloat16; scattered pages."""
+    N, K, D = 32, 8, 128
+    for rows, S in ((1, 8192), (8, 8192), (32, 8192), (1, 1024), (32, 1024)):
+        size = 2 * rows * S * K * D * 2
+        pages = torch.randperm(rows * S // PAGE).view(rows, -1).tolist()
+        plan = attention.plan(pages, [1] * rows, [S] * rows, PAGE, "cuda")
+        q = torch.randn(rows, N, D, dtype=torch.bfloat16, device="cuda")
+
+        def ours(i, rows=rows, S=S, plan=plan, q=q):
+            k, v = torch.randn(2, rows * S // PAGE, PAGE, K, D, device="cuda", dtype=torch.bfloat16)
+            return lambda: attention.attend(q, k, v, plan, scale=D**-0.5)
+
+        def theirs(i, rows=rows, S=S, q=q):
+            k, v = torch.randn(2, rows, K, S, D, device="cuda", dtype=torch.bfloat16)
+            wide = q.view(rows, N, 1, D)
+            return lambda: F.scaled_dot_product_attention(wide, k, v, enable_gqa=True)
+
+        report.line(f"decode attention, {rows} rows x {S}", timed(ours, size), timed(theirs, size), size=size)
+    for S in (1024, 8192):
+        plan = attention.plan([torch.randperm(S // PAGE).tolist()], [S], [S], PAGE, "cuda")
+        q = torch.randn(S, N, D, dtype=torch.bfloat16, device="cuda")
+        k, v = torch.randn(2, S // PAGE, PAGE, K, D, device="cuda", dtype=torch.bfloat16)
+        heads = [x.view(1, S, -1, D).transpose(1, 2) for x in (q, k, v)]
+
+        def ours(i, plan=plan, q=q, k=k, v=v):
+            return lambda: attention.attend(q, k, v, plan, scale=D**-0.5)
+
+        def theirs(i, heads=heads):
+            return lambda: F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+
+        report.line(
+            f"prefill attention, {S} tokens", timed(ours, COLD), timed(theirs, COLD), flops=2 * N * D * S * S
+        )
+
+
+def bench_matmul(report: Lines):
+    """Llama-3-8B's matrices, and Mixtral's experts."""
+    for N, K in ((6144, 4096), (28672, 4096), (4096, 14336)):
+        dense = torch.randn(N, K, dtype=torch.bfloat16, device="cuda")
+        for kind in ("int8", "int4"):
+            w = matmul.quantize(dense, kind)
+            for M in (1, 4, 16, 64, 256):
+                x = torch.randn(M, K, dtype=torch.bfloat16, device="cuda")
+
+                def ours(i, w=w, x=x):
+                    copy = matmul.Weight(w.kind, w.shape, w.data.clone(), w.scale.clone())
+                    return lambda: matmul.quantized(x, copy)
+
+                def theirs(i, dense=dense, x=x):
+                    copy = dense.clone()
+                    return lambda: F.linear(x, copy)
+
+                seconds, beside = timed(ours, w.nbytes), timed(theirs, 2 * N * K)
+                report.line(f"{kind} {K} -> {N}, {M} rows", seconds, beside, size=w.nbytes)
+    E, N, K = 8, 28672, 4096
+    dense = torch.randn(E, N, K, dtype=torch.bfloat16, device="cuda")
+    starts = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2], dtype=torch.int32, device="cuda")
+    x = torch.randn(2, K, dtype=torch.bfloat16, device="cuda")
+    beside = timed(lambda i: lambda: (F.linear(x[:1], dense[1]), F.linear(x[1:], dense[4])), COLD)
+    for kind, w in (
+        ("bf16", dense),
+        ("int8", matmul.quantize(dense, "int8")),
+        ("int4", matmul.quantize(dense, "int4")),
+    ):
+        size = 2 * N * K * {"bf16": 2, "int8": 1, "int4": 0.5625}[kind]
+        seconds = timed(lambda i, w=w: lambda: matmul.routed(x, w, starts), COLD)
+        report.line(f"experts {kind}, 2 of 8, {K} -> {N}", seconds, beside, size=size)
+
+
+def bench_fusions(report: Lines):
+    """The small ones, at 1, 32 and 8,192 tokens, against the same work in PyTorch's own operators."""
+    H, inner, N, K, D = 4096, 14336, 32, 8, 128
+    weight = torch.randn(H, dtype=torch.bfloat16, device="cuda")
+    for T in (1, 32, 8192):
+        x, residual = torch.randn(2, T, H, dtype=torch.bfloat16, device="cuda")
+        gate, up = torch.randn(T, 2 * inner, dtype=torch.bfloat16, device="cuda").chunk(2, -1)
+        qkv = torch.randn(T, N + 2 * K, D, dtype=torch.bfloat16, device="cuda")
+        cos, sin = torch.randn(2, T, D, dtype=torch.bfloat16, device="cuda")
+        k, v = torch.zeros(2, T // PAGE + 1, PAGE, K, D, dtype=torch.bfloat16, device="cuda")
+        plan = attention.plan([list(range(T // PAGE + 1))], [T], [T], PAGE, "cuda")
+
+        def plain_norm(x=x, residual=residual):
+            total = x + residual
+            return total, F.rms_norm(total, (H,), weight, 1e-5)
+
+        def plain_rope(qkv=qkv, cos=cos, sin=sin, k=k, v=v, plan=plan):
+            turned = rotary.rotate(qkv[:, : N + K], cos, sin)
+            attention.append(turned[:, N:], qkv[:, N + K :], k, v, plan)
+
+        cases = (
+            (f"add + RMSNorm, {T} tokens", lambda x=x, r=residual: norm.add_norm(x, r, weight, eps=1e-5),
+             plain_norm, 8 * T * H),
+            (f"silu_mul, {T} tokens", lambda g=gate, u=up: norm.silu_mul(g, u),
+             lambda g=gate, u=up: F.silu(g) * u, 6 * T * inner),
+            (f"rope_append, {T} tokens", lambda a=(qkv, cos, sin, k, v, plan): attention.rope_append(*a),
+             plain_rope, 4 * T * (N + 2 * K) * D),
+        )  # fmt: skip
+        for name, ours, theirs, size in cases:
+            seconds, beside = (timed(lambda i, f=f: f, COLD // 8) for f in (ours, theirs))
+            report.line(name, seconds, beside, size=size)
+
+
+def packed_on_the_cpu() -> dict[str, dict[str, float]]:
+    """Milliseconds of a product with 4096 x 1024 weights on this CPU, per format and number of rows; weights
+    in turn from more sets than its caches hold."""
+    dense = [torch.randn(4096, 1024) / 32 for _ in range(24)]
+    figures = {}
+    for kind in ("float32", "bfloat16", *matmul.KINDS):
+        if kind in matmul.KINDS:
+            weights = [matmul.pack(matmul.quantize(weight, kind)) for weight in dense]
+        else:
+            weights = [weight.to(getattr(torch, kind)) for weight in dense]
+        for M in (1, 4, 16, 64, 256):
+            x, times = torch.randn(M, 1024).to(torch.bfloat16 if kind == "bfloat16" else torch.float32), []
+            for weight in (*weights[:3], *weights):
+                began = time.perf_counter()
+                matmul.linear(x, weight)
+                times.append(time.perf_counter() - began)
+            figures.setdefault(kind, {})[M] = round(1e3 * statistics.median(times[3:]), 3)
+    rows = "".join(f"{M:>9}" for M in figures["float32"])
+    print(f"     rows{rows}   ms ({torch.get_num_threads()} threads)")
+    for kind, row in figures.items():
+        print(f"{kind:>9}{''.join(f'{figure:9.3f}' for figure in row.values())}")
+    return figures
+
+
+@torch.inference_mode()
+def kernels() -> None:
+    """Question: how near do the kernels come to what the chip can do, and how near does PyTorch come? On a
+    GPU the ceilings come first (bandwidth of a large copy, bfloat16 cuBLAS), then a line a kernel and size:
+    its time, bytes or flops, share of the ceiling that binds it, and PyTorch's or cuBLAS's time for the same
+    work. Times are medians of CUDA graph replays (no launch costs), over enough different buffers that
+    nothing is read from L2. On a CPU, the packed formats beside float32."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    if not torch.cuda.is_available() or attention.triton is None:
+        print("no CUDA GPU (or no triton): no kernel was measured; this CPU's packed formats:")
+        return report(bench="kernels", device=torch.backends.cpu.get_cpu_capability(), ms=packed_on_the_cpu())
+    bandwidth, peak = ceilings()
+    name = torch.cuda.get_device_name()
+    print(f"{name}: copies {bandwidth / 1e12:.2f} TB/s, cuBLAS bfloat16 {peak / 1e12:.0f} TFLOPS (measured)")
+    lines = Lines(bandwidth, peak)
+    for measure in (bench_attention, bench_matmul, bench_fusions):
+        measure(lines)
+    ceiling = {"bandwidth_TB_s": round(bandwidth / 1e12, 3), "bf16_TFLOPS": round(peak / 1e12, 1)}
+    return report(bench="kernels", device=name, **ceiling, rows=lines.rows)
+
+
+FORMATS = {"float32": [], **SMALLER}  # what a server is told, after --torch_dtype float32
+
+
+@contextlib.contextmanager
+def one_server(path: Path, kind: str, folder: Path):
+    """A process on all cores that serves all blocks in this format, and its client's blocks' model."""
+    options = ["--host_maddrs", "/ip4/127.0.0.1/tcp/0", "--throughput", 1.0]
+    options += ["--torch_dtype", "float32", *FORMATS[kind]]
+    threads = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "XDG_CACHE_HOME": str(folder)}
+    with Process(folder, "serve", path, "--new_swarm", *options, **threads) as server:
+        hello = server.hello()
+        where = {key: hello[key] for key in ("initial_peers", "dht_prefix")}
+        yield pm.AutoDistributedModelForCausalLM.from_pretrained(path, dtype="float32", **where)
+
+
+@torch.no_grad()
+def quality(model: str | None = None, rows: int = 4, tokens: int = 512) -> None:
+    """Question: what do smaller weights cost in quality? The perplexity of SmolLM2 (the demo's), its blocks
+    on a server of each format, on the text of Python's own pydoc_data.topics."""
+    path, losses, sizes = Path(model or pm._demo_checkpoint()), {}, {}
+    torch.set_num_threads(os.cpu_count() or 1)
+    text = "\n".join(pydoc_data.topics.topics.values())
+    ids = transformers.AutoTokenizer.from_pretrained(path)(text, return_tensors="pt").input_ids
+    ids = ids[:, : rows * tokens].view(rows, tokens)
+    checkpoint, config = pm.Checkpoint(path), pm.load_config(str(path), {})
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in FORMATS:
+            held = kind.replace("float32", "none")
+            block = pm.load_block(checkpoint, config, 0, torch.float32, "cpu", held)
+            sizes[kind] = sum(weight.nbytes for weight in block.weights.values())
+            with one_server(path, kind, Path(folder)) as client:
+                losses[kind] = statistics.mean(
+                    F.cross_entropy(client(row[None]).logits[0, :-1], row[1:]).item() for row in ids
+                )
+            more = 100 * math.expm1(losses[kind] - losses["float32"])
+            print(f"{kind:8} perplexity {math.exp(losses[kind]):8.4f} ({more:+.3f} %), "
+                  f"{sizes[kind] / 1e6:.2f} MB a block", flush=True)  # fmt: skip
+    perplexity = {kind: round(math.exp(loss), 4) for kind, loss in losses.items()}
+    report(bench="quality", text=f"{rows} x {tokens} tokens", perplexity=perplexity, block_bytes=sizes)
+
+
+@torch.no_grad()
+def decode(tokens: int = 60) -> None:
+    """Question: what do smaller weights bring in speed? Steps of one row through a server of a Llama of 252M
+    weights (15 blocks) on this CPU, all formats in turn. The ceiling is the weights' bytes at the speed of
+    memory."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    much = torch.ones(2**26)
+    seconds = []
+    for _ in range(9):
+        began = time.perf_counter()
+        much.sum()
+        seconds.append(time.perf_counter() - began)
+    speed, times = much.nbytes / min(seconds), {kind: [] for kind in FORMATS}
+    del much
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 15, "head_dim": 64}
+    reference = make_model("llama", **shape, num_attention_heads=16, num_key_value_heads=16)
+    count = sum(parameter.numel() for parameter in reference.model.layers.parameters())
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        path, sessions, x = save(reference, Path(folder) / "m"), {}, torch.randn(1, 1, 1024)
+        del reference
+        for kind in FORMATS:
+            model = stack.enter_context(one_server(path, kind, Path(folder)))
+            sessions[kind] = stack.enter_context(model.transformer.h.inference_session(max_length=2 * tokens))
+        for _ in range(tokens // 10):
+            for kind, session in sessions.items():
+                for step in range(12):
+                    began = time.perf_counter()
+                    session.step(x)
+                    times[kind] += [time.perf_counter() - began] * (step > 1)  # two to warm up
+    print(f"memory is read at {speed / 1e9:.1f} GB/s; {count / 1e6:.0f} M weights")
+    figures = {}
+    for kind in FORMATS:
+        took, floor = statistics.median(times[kind]), count * matmul.BYTES.get(kind, 4) / speed
+        values = 1e3 * took, statistics.median(times["float32"]) / took, 1e3 * floor
+        print("{:8} {:6.1f} ms a step, {:.2f} of float32's speed (memory: {:.1f} ms)".format(kind, *values))
+        figures[kind] = dict(zip(("ms", "speed", "floor_ms"), (round(v, 2) for v in values), strict=True))
+    report(bench="decode", weights=count, memory_GB_s=round(speed / 1e9, 1), **figures)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("chaos").add_argument("--generations", type=int, default=100)
     commands.add_parser("soak").add_argument("--minutes", type=float, default=30)
     commands.add_parser("chain").add_argument("--tokens", type=int, default=60)
+    commands.add_parser("kernels")
+    commands.add_parser("quality").add_argument("--model")
+    commands.add_parser("decode").add_argument("--tokens", type=int, default=60)
     options = vars(parser.parse_args())
     globals()[options.pop("command")](**options)
 

@@ -74,6 +74,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import multiprocessing
 import operator
 import os
@@ -114,11 +115,12 @@ from hivemind.utils import MSGPackSerializer, get_dht_time  # noqa: E402
 from hivemind.utils.multiaddr import Multiaddr  # noqa: E402
 from hivemind.utils.streaming import combine_from_streaming, split_for_streaming  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from tokenizers import decoders, pre_tokenizers  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 from transformers import PretrainedConfig  # noqa: E402
 
-from kernels import attention, norm, positions  # noqa: E402
+from kernels import attention, matmul, norm, positions  # noqa: E402
 
 multiprocessing.set_start_method(_start_method, force=True)  # hivemind's import set it; ours must not
 
@@ -409,6 +411,7 @@ class ClientConfig:
     dht_prefix: str | None = None
     allowed_servers: Sequence[str] | None = None  # peer ids; nobody else is used
     blocked_servers: Sequence[str] | None = None  # peer ids or public names
+    allowed_quant_types: Sequence[str] | None = None  # such as ["none", "int8"]; None: servers of any
     use_server_to_server: bool = True  # let servers push their outputs to each other
     show_route: bool | str = "inference"  # log routes: of "inference" sessions, True: all, False: none
     connect_timeout: float = 5
@@ -482,6 +485,16 @@ class Checkpoint:
         stored = {name.removeprefix(base_prefix): name for name in self.files}
         pairs = ((name, stored.get(name.removeprefix(base_prefix))) for name in wanted)
         return {name: self.read(there) for name, there in pairs if there is not None}
+
+    def origin(self, names: Iterable[str]) -> list[tuple]:
+        """What tells these tensors from those of another revision: their files (a hub's are named by their
+        content), sizes and times."""
+        files = sorted({os.path.realpath(self._fetch(self.files[name])) for name in names})
+        return [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "petals_min")
 
 
 def load_config(name: str, kwargs: dict) -> PretrainedConfig:
@@ -1060,9 +1073,10 @@ class Router:
         self.pings[peer] = seconds if old == MAX_PING else 0.8 * old + 0.2 * seconds
 
     def _allowed(self, span: Span) -> bool:
-        config, peer = self.config, str(span.peer)
+        config, peer, quants = self.config, str(span.peer), self.config.allowed_quant_types
         # by peer id only: anybody may take any public name
         allowed = config.allowed_servers is None or peer in map(str, config.allowed_servers)
+        allowed = allowed and (quants is None or (span.info.quant_type or "none") in quants)
         blocked = {peer, span.info.public_name} & set(map(str, config.blocked_servers or ()))
         return bool(allowed and not blocked and config.active_adapter in (None, *span.info.adapters))
 
@@ -2201,16 +2215,17 @@ class Block:
 
     `weights` by our names: norm1, norm2, qkv, out, up (gate above up where gated), down, q_norm, k_norm,
     router, experts_up [experts, 2 * I, H], experts_down [experts, H, I]; each ".weight" and perhaps ".bias".
+    The matrices of MATRICES may be quantized.
     """
 
-    def __init__(self, spec: BlockSpec, weights: dict[str, Tensor]):
+    def __init__(self, spec: BlockSpec, weights: dict[str, Tensor | matmul.Weight]):
         self.spec, self.weights, self.device = spec, weights, weights["norm1.weight"].device
         self.act = transformers.activations.ACT2FN[spec.act]
         slopes = positions.alibi_slopes(spec.heads, spec.alibi).to(self.device) if spec.alibi else None
         self.attention = {"scale": spec.head_dim**-0.5, "slopes": slopes, "window": spec.window}
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
+        return matmul.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
 
     def _norm(self, name: str, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x + residual, and its norm."""
@@ -2227,13 +2242,12 @@ class Block:
         renormalized odds."""
         chances, chosen = self._linear("router", x).float().softmax(-1).topk(self.spec.top_k, dim=-1)
         chances = (chances / chances.sum(-1, keepdim=True)).to(x.dtype)
-        output = torch.zeros_like(x)
-        for expert in chosen.unique().tolist():
-            token, place = torch.where(chosen == expert)
-            inner = self._gated(F.linear(x[token], self.weights["experts_up.weight"][expert]))
-            result = F.linear(inner, self.weights["experts_down.weight"][expert])
-            output = output.index_add(0, token, result * chances[token, place, None])
-        return output
+        experts, order = chosen.flatten().sort(stable=True)  # rows for one expert lie together
+        starts = torch.searchsorted(experts, torch.arange(self.spec.experts + 1, device=x.device)).int()
+        rows = x[order // self.spec.top_k]
+        inner = self._gated(matmul.routed(rows, self.weights["experts_up.weight"], starts))
+        result = matmul.routed(inner, self.weights["experts_down.weight"], starts)[order.argsort()]
+        return (result.unflatten(0, chosen.shape) * chances[..., None]).sum(1)
 
     def _mlp(self, x: Tensor) -> Tensor:
         if self.spec.experts:
@@ -2258,24 +2272,89 @@ class Block:
         return (after if self.spec.norm_residual else x) + self._mlp(after)
 
 
-def load_block(checkpoint: Checkpoint, config: PretrainedConfig, index: int, dtype, device) -> Block:
-    """Read one block's weights, each straight into its place on the device (a torch.device or its name) in
-    the target dtype: no second copy of one exists there. UserError where the checkpoint lacks a weight or has
-    another shape than the config says."""
-    family, weights = family_of(config), {}
-    spec, layer = family.spec(config, index), f"{family.layers}.{index}."
+QUANT_TYPES = ("none", "int8", "int4")
+MATRICES = tuple(f"{name}.weight" for name in ("qkv", "out", "up", "down", "experts_up", "experts_down"))
+
+
+def stored_names(checkpoint: Checkpoint, config: PretrainedConfig, index: int) -> dict[str, str]:
+    """A block's tensors: their names within the block -> in the checkpoint. UserError where it has none."""
+    layer = f"{family_of(config).layers}.{index}."
     within = re.compile(rf"(?:model\.|transformer\.)?{re.escape(layer)}(.+)")
     stored = {found[1]: name for name in checkpoint.files if (found := within.fullmatch(name))}
     if not stored:
         raise UserError(f"{checkpoint.name!r} holds no block {index} (no tensor named {layer}…)")
+    return stored
+
+
+def load_block(
+    checkpoint: Checkpoint, config: PretrainedConfig, index: int, dtype, device, kind: str = "none"
+) -> Block:
+    """One block on the device (a torch.device or its name) in the target dtype, its matrices held as `kind`
+    says: "none" or one of matmul.KINDS. Codes of int8 and int4 are kept on disk for the next start. UserError
+    where the checkpoint lacks a weight or has another shape than the config says."""
+    spec, stored = family_of(config).spec(config, index), stored_names(checkpoint, config, index)
+    place, weights = None, None
+    if kind in QUANT_TYPES[1:]:
+        made_of = checkpoint.origin(stored.values()), sorted(stored.values()), spec, dtype, kind
+        digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
+        place = cache_folder() / "quantized" / f"{digest}.safetensors"
+        weights = _read_codes(place, kind, device)
+    if weights is None:
+        weights = _read_weights(checkpoint, config, index, dtype, device, kind)
+        if place:
+            _keep_codes(place, weights)
+    for name, weight in weights.items():
+        if isinstance(weight, matmul.Weight) and torch.device(device).type == "cpu":
+            weights[name] = matmul.pack(weight)
+    return Block(spec, weights)
+
+
+def _keep_codes(place: Path, weights: dict[str, Tensor | matmul.Weight]) -> None:
+    """Write a block's quantized weights; the file appears in one rename. A full disk costs only the next
+    start's time."""
+    coded = {name: weight for name, weight in weights.items() if isinstance(weight, matmul.Weight)}
+    parts = {f"{name}.{part}": getattr(w, part) for name, w in coded.items() for part in ("data", "scale")}
+    parts |= {name: weight for name, weight in weights.items() if name not in coded}
+    shapes = json.dumps({name: weight.shape for name, weight in coded.items()})
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="partial-", dir=place.parent) as build:
+            save_file(parts, Path(build, place.name), {"shapes": shapes})
+            Path(build, place.name).rename(place)
+    except (OSError, SafetensorError) as error:
+        logger.warning("quantized weights are not kept in %s: %s", place.parent, _first_line(error))
+
+
+def _read_codes(place: Path, kind: str, device) -> dict[str, Tensor | matmul.Weight] | None:
+    """What `_keep_codes` wrote; None where there is no such file, or a damaged one."""
+    try:
+        with safe_open(place, framework="pt", device=str(device)) as file:
+            weights: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            shapes = json.loads(file.metadata()["shapes"])
+    except (OSError, SafetensorError):
+        return None
+    for name, shape in shapes.items():
+        data, scale = weights.pop(f"{name}.data"), weights.pop(f"{name}.scale")
+        weights[name] = matmul.Weight(kind, tuple(shape), data, scale)
+    return weights
+
+
+def _read_weights(
+    checkpoint: Checkpoint, config: PretrainedConfig, index: int, dtype, device, kind: str
+) -> dict[str, Tensor | matmul.Weight]:
+    """Read one block's weights, each straight into its place on the device in the target dtype: no second
+    copy of one exists there. Each matrix is quantized before the next one is read."""
+    family, weights = family_of(config), {}
+    spec, layer = family.spec(config, index), f"{family.layers}.{index}."
+    stored = stored_names(checkpoint, config, index)
     sizes = [heads * spec.head_dim for heads in (spec.heads, spec.kv_heads, spec.kv_heads)]  # rows of q, k, v
-    for (ours, parts), kind in itertools.product(family.names.items(), (".weight", ".bias")):
+    for (ours, parts), end in itertools.product(family.names.items(), (".weight", ".bias")):
         experts = spec.experts if ours.startswith("experts") else 0
         theirs = [part.format(expert=i) for i, part in itertools.product(range(experts or 1), parts.split())]
-        names = [next(filter(stored.get, (n + kind for n in name.split("|"))), None) for name in theirs]
+        names = [next(filter(stored.get, (n + end for n in name.split("|"))), None) for name in theirs]
         if None in names:
-            if kind == ".weight" and ours not in ("norm2", "q_norm", "k_norm"):  # those that some models lack
-                raise UserError(f"{checkpoint.name!r} lacks {layer}{theirs[names.index(None)]}{kind}")
+            if end == ".weight" and ours not in ("norm2", "q_norm", "k_norm"):  # those that some models lack
+                raise UserError(f"{checkpoint.name!r} lacks {layer}{theirs[names.index(None)]}{end}")
             continue
         shapes = [checkpoint.shape(stored[name]) for name in names]
         rows = [shape[0] for shape in shapes]
@@ -2292,8 +2371,10 @@ def load_block(checkpoint: Checkpoint, config: PretrainedConfig, index: int, dty
                 sources = next(sources).split([len(place) for place in places])
         for place, source in zip(places, sources, strict=True):
             place.copy_(source)
-        weights[ours + kind] = whole.unflatten(0, (experts, -1)) if experts else whole
-    return Block(spec, weights)
+        whole = whole.unflatten(0, (experts, -1)) if experts else whole
+        quantize = kind != "none" and ours + end in MATRICES
+        weights[ours + end] = matmul.quantize(whole, kind) if quantize else whole
+    return weights
 
 
 # ============================================================================================================
@@ -2309,7 +2390,11 @@ class PagePool:
     def __init__(self, specs: dict[int, BlockSpec], tokens: int, dtype: torch.dtype, device):
         spec, self.count = next(iter(specs.values())), max(1, tokens // PAGE)
         size = 2, len(specs), self.count, PAGE, spec.kv_heads, spec.head_dim  # alike in all blocks of a model
-        self.pages = torch.zeros(size, dtype=dtype, device=device)  # keys, then values
+        if torch.device(device).type == "cpu":  # torch.zeros would write to all of it
+            memory = mmap.mmap(-1, math.prod(size) * dtype.itemsize, mmap.MAP_PRIVATE)
+            self.pages = torch.frombuffer(memory, dtype=dtype).view(size)  # keys, then values
+        else:
+            self.pages = torch.zeros(size, dtype=dtype, device=device)
         self.k, self.v = (dict(zip(specs, half, strict=True)) for half in self.pages)
         self.free = bytearray(b"\1" * self.count)  # per page, 1: free
         self.waiting: deque[tuple[int, asyncio.Future]] = deque()  # pages wanted, in the order of asking
@@ -2929,7 +3014,21 @@ class TransformerConnectionHandler(ServicerBase):
 # 16  Server: a process's offer to the swarm
 # ============================================================================================================
 
+NO_NF4 = "; for nf4 take int4: it is as exact (error .090 of Gaussian weights, nf4's .092) and needs no table"
 ASSUMED_BITS_PER_SECOND = 100e6  # of the network, for the announced throughput; nobody measures it here
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had: on a GPU; or of this machine, and of our cgroup where that has a limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found, group = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")], Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError):
+        found.append(2**10 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]))
+    with contextlib.suppress(OSError, ValueError):  # no such group; its limit is "max"
+        taken = re.search(r"anon (\d+)", (group / "memory.stat").read_text())[1]
+        found.append(int((group / "memory.max").read_text()) - int(taken))
+    return min(found)
 
 
 @dataclass(eq=False, repr=False)
@@ -2944,10 +3043,11 @@ class Server:
     announce_maddrs: Sequence[str] | None = None  # to tell others; None: those
     identity_path: str | None = None  # file of the peer's key
     block_indices: tuple[int, int] | None = None  # (first, last + 1)
-    num_blocks: int | None = None  # else so many, where the swarm serves worst; None: all
+    num_blocks: int | None = None  # else so many, where the swarm serves worst; None: what memory holds
     dht_prefix: str | None = None
     device: Any = "auto"
-    torch_dtype: Any = "auto"
+    torch_dtype: Any = "auto"  # float16 on a CPU: of the weights; it computes in float32
+    quant_type: str = "none"  # of the blocks' matrices: one of QUANT_TYPES
     attn_cache_tokens: int = 16384  # what the cache holds for each block
     inference_max_length: int | None = None  # tokens per row that a session may ask for
     throughput: float | str = "auto"  # tokens/s to announce; "auto": measured
@@ -2964,6 +3064,8 @@ class Server:
         self.span = range(first, end)
         if not 0 <= first < end <= self.total:
             raise UserError(f"blocks {first}:{end}: {self.model!r} has {self.total} blocks, 0:{self.total}")
+        if self.quant_type not in QUANT_TYPES:
+            raise UserError(f"quant_type {self.quant_type!r}: expected {', '.join(QUANT_TYPES)}{NO_NF4}")
         self.checkpoint = Checkpoint(self.model, **self.hub)
         best_device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(best_device if self.device == "auto" else self.device)
@@ -2971,10 +3073,30 @@ class Server:
         slow = self.device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
         stored = parse_dtype(self.config.dtype) or self.checkpoint.dtype()
         self.dtype = parse_dtype(self.torch_dtype) or (torch.float32 if slow else stored)
+        self.kind = self.quant_type  # of the matrices: one of matmul.KINDS, or "none": as dtype says
+        if self.device.type == "cpu" and self.dtype == torch.float16:  # CPUs read it fast but compute slowly
+            self.dtype, self.kind = torch.float32, "float16" if self.kind == "none" else self.kind
         spec = family_of(self.config).spec(self.config, 0)
         default_length = 8192 if spec.kv_heads < spec.heads else 2048  # Petals' rule
         self.max_length = min(self.inference_max_length or default_length, self.attn_cache_tokens)
         self.swarm = self.info = self.executor = self._announcing = None  # until `start`
+
+    def _as_many_as_fit(self) -> int:
+        """How many blocks, each with its cache, free memory holds beside one that is being quantized. A tenth
+        of it is left to activations."""
+        stored, size = stored_names(self.checkpoint, self.config, 0).values(), self.dtype.itemsize
+        count = sum(math.prod(self.checkpoint.shape(name)) for name in stored)
+        weights = count * matmul.BYTES.get(self.kind, size)
+        spec = family_of(self.config).spec(self.config, 0)
+        cache = 2 * self.attn_cache_tokens * spec.kv_heads * spec.head_dim * size
+        room = 0.9 * free_memory(self.device) - count * size
+        fit, sizes = int(room // (weights + cache)), [f"{n / 2**20:.1f} MiB" for n in (weights, cache, room)]
+        how = "each takes {} and {} of cache; there are {} (.9 of what is free, less a block unquantized)"
+        how = how.format(*sizes)
+        if fit < 1:
+            raise UserError(f"no block fits: {how}; take --quant_type int4 or fewer --attn_cache_tokens")
+        logger.info("%d blocks fit, of %d: %s", fit, self.total, how)
+        return min(fit, self.total)
 
     def start(self, progress: Callable[[Iterable], Iterable] = lambda blocks: blocks) -> None:
         network = {name: getattr(self, name) for name in ("host_maddrs", "announce_maddrs", "identity_path")}
@@ -2984,16 +3106,20 @@ class Server:
                 table = wire().call(read_directory(self.swarm, self.prefix, self.total))
                 for servers in table:
                     servers.pop(self.swarm.peer_id, None)  # of its earlier life
-                self.span = worst_blocks(table, len(self.span))
+                self.span = worst_blocks(table, self.num_blocks or self._as_many_as_fit())
             first, last = self.span.start, self.span.stop
             self.info = info = ServerInfo(JOINING, 0.0, first, last, self.public_name, __version__)
-            info.torch_dtype, info.quant_type = str(self.dtype).removeprefix("torch."), "none"
+            info.torch_dtype = "float16" if self.kind == "float16" else str(self.dtype).removeprefix("torch.")
+            info.quant_type = self.quant_type
             info.using_relay, info.max_length, info.features = False, self.max_length, FEATURES
             info.cache_tokens = self.attn_cache_tokens
             wire().call(self._announce())
             blocks = {}
             for index in progress(self.span):
-                blocks[index] = load_block(self.checkpoint, self.config, index, self.dtype, self.device)
+                how = self.dtype, self.device, self.kind
+                blocks[index] = load_block(self.checkpoint, self.config, index, *how)
+            with contextlib.suppress(AttributeError):  # glibc's: give back what loading took
+                ctypes.CDLL(None).malloc_trim(0)
             specs = {index: block.spec for index, block in blocks.items()}
             self.pool = PagePool(specs, self.attn_cache_tokens, self.dtype, self.device)
             self.executor = Executor(blocks, self.config, self.pool)
@@ -3193,8 +3319,10 @@ def run_serve(model: str, new_swarm: bool = False, initial_peers: Sequence[str] 
     MODEL, --dht_prefix            a directory or a hub repository; its name in the directory, if another
     --token --revision --cache_dir as huggingface_hub has them
     --new_swarm, --initial_peers   start a swarm; or the peers to join through (default: Petals' public ones)
-    --block_indices, --num_blocks  0:15 for blocks 0 to 14; or so many where the swarm serves worst (else all)
+    --block_indices, --num_blocks  0:15 for blocks 0 to 14; or so many where the swarm serves worst (else what
+                                   memory holds)
     --device, --torch_dtype        auto, cpu, cuda, cuda:1, …; auto, float32, float16 or bfloat16
+    --quant_type                   none, int8 or int4: smaller weights
     --attn_cache_tokens            tokens that the cache holds of each block
     --inference_max_length         the longest session, in tokens
     --throughput, --update_period  tokens/s to announce (auto: measured), and every how many seconds
@@ -3215,7 +3343,8 @@ def run_serve(model: str, new_swarm: bool = False, initial_peers: Sequence[str] 
         # not here: a signal's exception amid a library's C code can come out as another one
         wire().call(asyncio.to_thread(server.start, bar))
         info, blocks = server.info, [server.info.start_block, server.info.end_block]
-        place = f"blocks {blocks[0]}:{blocks[1]} of {model} ({info.torch_dtype}, {server.device})"
+        format = info.torch_dtype if info.quant_type == "none" else info.quant_type
+        place = f"blocks {blocks[0]}:{blocks[1]} of {model} ({format}, {server.device})"
         program = f"python {Path(sys.argv[0]).name}" if sys.argv[0].endswith(".py") else "petals-min"
         text = f"online: {place}, {info.throughput:.0f} tokens/s\na second machine joins with:\n"
         text += f"    {program} {shlex.join(words)}"
@@ -3352,8 +3481,8 @@ def _parser() -> argparse.ArgumentParser:
     plain = {"formatter_class": argparse.RawTextHelpFormatter, "argument_default": argparse.SUPPRESS}
     model = "model --dht_prefix --token --revision --cache_dir --initial_peers"
     network = "--host_maddrs --announce_maddrs --port --public_ip --identity_path"
-    server = "--new_swarm --block_indices --num_blocks --device --torch_dtype --attn_cache_tokens"
-    record = "--inference_max_length --throughput --update_period --public_name"
+    server = "--new_swarm --block_indices --num_blocks --device --torch_dtype --quant_type"
+    record = "--attn_cache_tokens --inference_max_length --throughput --update_period --public_name"
     talk = f"{model} --max_new_tokens --temperature --top_p --seed --greedy"
     for function, flags in (
         (run_serve, f"{model} {server} {record} {network}"),
@@ -3405,8 +3534,7 @@ DEMO_PROMPT = "What is photosynthesis? Explain it in two sentences."
 def _demo_checkpoint() -> Path:
     """The demo's checkpoint: at once if it is in the user's cache; else fetched (93 MB) and converted (20 s,
     1 GB of memory). It appears there in one rename, so what exists is complete."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    target = Path(cache, "petals_min", DEMO_MODEL)
+    target = cache_folder() / DEMO_MODEL
     try:
         if not target.is_dir():
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -1034,6 +1034,14 @@ def test_allowed_and_blocked_servers():
     assert used(blocked_servers=["alice"]) == {1, 2}
 
 
+def test_a_client_may_keep_to_some_quant_types():
+    """A server that does not say any has plain weights."""
+    table = table_of(2, a0=(0, 2, {"quant_type": "int4"}), a1=(0, 2, {"quant_type": "none"}), a2=(0, 2))
+    for allowed, used in ((None, {0, 1, 2}), (["none"], {1, 2}), (["int4", "int8"], {0}), (["int8"], set())):
+        spans = router_of(table, allowed_quant_types=allowed).spans
+        assert {PEERS.index(span.peer) for span in spans} == used
+
+
 def test_forward_requests_are_spread_by_throughput():
     router = router_of(table_of(2, a0=(0, 2, {"throughput": 9.0}), a1=(0, 1, {"throughput": 1.0})))
     firsts = [path_of(router.spread(0, 2)) for _ in range(300)]
@@ -2304,6 +2312,172 @@ def test_a_16_bit_checkpoint_on_a_cpu_without_avx512_is_computed_in_float32(tmp_
         assert pm.Server(tmp_path, device="cpu", torch_dtype="bfloat16").dtype == torch.bfloat16
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Smaller weights
+# ------------------------------------------------------------------------------------------------------------
+
+
+SMALLER = {  # how a server holds its weights, and what it is told
+    "float16": ["--torch_dtype", "float16"],
+    "int8": ["--quant_type", "int8"],
+    "int4": ["--quant_type", "int4"],
+}
+# Differences over size (as norms), of logits and gradients, from transformers with the weights that the
+# format stands for: what the arithmetic costs (int4's activations are bfloat16). Found: 3e-7, 4e-4, .01.
+ARITHMETIC = {"float16": 3e-6, "int8": 1e-3, "int4": 0.02}
+# Of logits from those of the original weights: what the format costs. Found: up to 6e-4, .016, .24.
+FORMAT = {"float16": 1e-3, "int8": 0.025, "int4": 0.3}
+
+
+def make_tame_model(family: str) -> transformers.PreTrainedModel:
+    """The others are made to magnify every difference, thirty times that of weights; this one is not."""
+    model = make_model(family)
+    for name, weight in model.named_parameters():
+        if re.search(r"(layers|h)\.\d", name) and weight.ndim > 1:
+            weight.data /= 4
+    return model
+
+
+@torch.no_grad()
+def rounded(model: transformers.PreTrainedModel, kind: str) -> transformers.PreTrainedModel:
+    """A copy whose blocks' matrices have been through the format; routers keep theirs."""
+    model = copy.deepcopy(model)
+    for name, weight in model.named_parameters():
+        if re.search(r"(layers|h)\.\d", name) and weight.ndim > 1 and not name.endswith("gate.weight"):
+            weight.copy_(matmul.dequantize(matmul.quantize(weight, kind)))
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "bloom"])
+def test_servers_with_smaller_weights(family, initial_peers, folder, tmp_path):
+    """Logits, steps of a session and gradients, in each format; a client keeps to a format by the
+    directory."""
+    reference, ids = make_tame_model(family), some_ids(2, 19)
+    path = save(reference, tmp_path / f"small-{family}")
+    with contextlib.ExitStack() as stack:
+        servers = {}
+        for kind, options in {"none": [], **SMALLER}.items():
+            options = [*SERVE, *options, "--public_name", kind, "--initial_peers", *initial_peers]
+            command = ["serve", path, *options]
+            servers[kind] = stack.enter_context(Process(folder, *command, XDG_CACHE_HOME=str(tmp_path)))
+        hellos = {kind: server.hello() for kind, server in servers.items()}
+
+        def load(**options) -> transformers.PreTrainedModel:
+            options |= {"initial_peers": initial_peers, "dht_prefix": hellos["none"]["dht_prefix"]}
+            return pm.AutoDistributedModelForCausalLM.from_pretrained(path, **options)
+
+        def gradient(model) -> torch.Tensor:
+            embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+            model(inputs_embeds=embedded).logits.square().mean().backward()
+            return embedded.grad
+
+        for kind in SMALLER:
+            quant = kind.replace("float16", "none")
+            one = {"allowed_servers": [kind]} if quant == "none" else {"allowed_quant_types": [quant]}
+            model, same = load(**one), rounded(reference, kind)
+            with torch.no_grad():
+                expected, logits = same(ids).logits, model(ids).logits
+                assert relative(logits, expected) < ARITHMETIC[kind], kind
+                lost = relative(logits, reference(ids).logits)
+                assert FORMAT[kind] / 100 < lost < FORMAT[kind], (kind, lost)
+                with model.inference_session(max_length=ids.shape[1]) as session:
+                    steps = [model(part).logits for part in ids.split([7, 1, 1, 10], dim=1)]
+                    assert {span.info.quant_type for span in session.route} == {quant}
+                    assert {str(span.peer) for span in session.route} == {hellos[kind]["peer_id"]}
+                assert relative(torch.cat(steps, dim=1), expected) < ARITHMETIC[kind], kind
+            assert relative(gradient(model), gradient(same)) < ARITHMETIC[kind], kind
+    kept = list(tmp_path.glob("petals_min/quantized/*.safetensors"))
+    assert len(kept) == 2 * LAYERS  # int8 and int4
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of memory that a process has for itself; what it has mapped of files is not counted."""
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_smaller_weights_take_less_memory(initial_peers, folder, tmp_path):
+    """Four blocks of 16.8 M weights: 256 MiB in float32."""
+    big = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, head_dim=128)
+    reference = make_model("llama", **big, num_attention_heads=8, num_key_value_heads=8)
+    path, weights = save(reference, tmp_path / "larger-llama"), 4 * 4 * (4 * 1024**2 + 3 * 1024 * 4096)
+    with contextlib.ExitStack() as stack:
+        servers = {}
+        for kind, options in {"none": [], **SMALLER}.items():
+            command = ["serve", path, *SERVE, *options, "--initial_peers", *initial_peers]
+            servers[kind] = stack.enter_context(Process(folder, *command, XDG_CACHE_HOME=str(tmp_path)))
+        for server in servers.values():
+            server.hello()
+        taken = {kind: anonymous(server.popen.pid) for kind, server in servers.items()}
+    saved = {kind: (taken["none"] - taken[kind]) / weights for kind in SMALLER}
+    print({kind: f"{taken[kind] / 2**20:.0f} MiB" for kind in taken}, saved)
+    for kind, least in (("float16", 0.45), ("int8", 0.7), ("int4", 0.8)):
+        assert saved[kind] > least, (kind, saved)
+
+
+def test_quantized_blocks_are_kept_on_disk(tmp_path, monkeypatch):
+    """A second start quantizes nothing; another checkpoint at the same place, or a damaged file, counts."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    calls, x = spy(monkeypatch, matmul, "quantize"), torch.randn(3, 48)
+
+    def load(kind: str) -> list[torch.Tensor]:
+        calls.clear()
+        checkpoint, config = pm.Checkpoint(tmp_path / "m"), AutoConfig.from_pretrained(tmp_path / "m")
+        block = pm.load_block(checkpoint, config, 1, torch.float32, "cpu", kind)
+        return [block._linear("qkv", x), block._experts(x)]
+
+    def kept() -> list[Path]:
+        return list((tmp_path / "cache/petals_min/quantized").iterdir())
+
+    save(make_model("mixtral"), tmp_path / "m")
+    for kind in ("int8", "int4"):
+        first = load(kind)
+        assert calls
+        for one, other in zip(load(kind), first, strict=True):
+            assert not calls and torch.equal(one, other)
+    assert len(kept()) == 2
+    load("float16")
+    assert calls and len(kept()) == 2  # as quickly read from the checkpoint
+    kept()[0].write_bytes(kept()[0].read_bytes()[:1000])
+    kept()[1].write_bytes(b"")
+    for kind in ("int8", "int4"):
+        load(kind)
+        assert calls
+    assert not load("int4")[0].isnan().any() and not calls
+    save(make_model("mixtral", salt="another"), tmp_path / "m")
+    assert relative(load("int4")[0], first[0]) > 0.5 and calls and len(kept()) == 3
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # nowhere to write: that is no reason not to serve
+    load("int8")
+    assert calls
+
+
+def test_without_num_blocks_a_server_takes_what_memory_holds(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    path = save(make_model("llama"), tmp_path)
+    weights = sum(p.numel() for p in make_model("llama").model.layers[0].parameters())
+    cache = 2 * 2 * 12 * 1024  # keys and values, of 2 heads of 12
+
+    def taken(free: float, **options) -> int:
+        monkeypatch.setattr(pm, "free_memory", lambda device: int(free))
+        options = {"device": "cpu", "torch_dtype": "float32", "attn_cache_tokens": 1024, **options}
+        return pm.Server(path, **options)._as_many_as_fit()
+
+    room = 4 * (weights + 2.5 * (weights + cache))  # for one being loaded, two and a half to serve
+    assert taken(room / 0.9) == 2
+    assert re.search(r"2 blocks fit, of 5: each takes \S+ MiB and 0.2 MiB of cache", caplog.text)
+    assert taken(room / 0.9, attn_cache_tokens=2048) == 1
+    small = 4 * weights + 2.5 * (0.5625 * weights + 4 * cache)
+    assert taken(small / 0.9, quant_type="int4") == 2 and taken(small / 0.9) == 1
+    assert taken(1e9) == LAYERS
+    with pytest.raises(ValueError, match="no block fits.*--quant_type int4"):
+        taken(4 * weights)
+
+
+def test_free_memory_is_not_more_than_there_is():
+    free = pm.free_memory(torch.device("cpu"))
+    assert 2**20 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 @pytest.mark.parametrize(
     "mutant", ["an emptied cache", "a position off by one", "a beam not reordered", "a pad not dropped"]
 )
@@ -2473,6 +2647,7 @@ def test_bad_arguments_are_one_line_and_exit_code_2(llama, main, tmp_path):
         (["serve", llama.path, "--initial_peers", "nobody"], "nobody.*multiaddr"),
         (["serve", llama.path, "--new_swarm", *known], "--new_swarm or --initial_peers"),
         (["serve", llama.path, "--new_swarm", "--torch_dtype", "int3"], "int3.*float32"),
+        (["serve", llama.path, "--new_swarm", "--quant_type", "nf4"], "nf4.*int8, int4; for nf4 take int4"),
         (["serve", llama.path, "--new_swarm", "--throughput", "nan"], "nan"),
         (["serve", llama.path, "--new_swarm", "--dht_prefix", "a.b"], "a.b"),
         (["status", tmp_path / "nothing", *known], "no model at .*nothing"),

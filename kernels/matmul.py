@@ -31,6 +31,7 @@ except ImportError:  # triton is Linux only: everything here but the launchers w
     triton = None
 
 KINDS = ("float16", "int8", "int4")
+BYTES = {"float16": 2, "int8": 1.01, "int4": 0.5625}  # a weight, scales included
 GROUP = 64  # inputs that share a scale in int4, and what inputs are padded to
 KERNEL_ROWS = (
     64  # from more rows on CUDA dequantizes; by arithmetic int8 crosses at 148 rows and int4 at 78 (H100)
