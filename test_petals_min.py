@@ -1409,6 +1409,119 @@ def test_ids_as_a_keyword_and_no_cache(llama):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Training: gradients over the swarm
+# ------------------------------------------------------------------------------------------------------------
+
+
+def through(base, hidden: torch.Tensor, prompts=None, pads=()) -> torch.Tensor:
+    """[B, T, H] through a base model's blocks, prompts [blocks, B or 1, P, H] added on the way: over the
+    swarm if its blocks are remote, else by transformers, each padded row alone; zeros at padding."""
+    blocks = base.h if hasattr(base, "h") else base.layers
+    if isinstance(blocks, pm.RemoteSequential):
+        return blocks(base.word_embeddings_layernorm(hidden), prompts, left_pad=pads)
+
+    def row(index: int) -> torch.Tensor:
+        pad = pads[index] if pads else 0
+        with contextlib.ExitStack() as hooks:
+            for number, layer in enumerate(blocks if prompts is not None else ()):
+                its = prompts[number, index % prompts.shape[1]]
+
+                def add(module, args, its=its):
+                    return (
+                        torch.cat([args[0][:, : len(its)] + its, args[0][:, len(its) :]], dim=1),
+                        *args[1:],
+                    )
+
+                hooks.callback(layer.register_forward_pre_hook(add).remove)
+            outputs = []  # of the last block, before the final norm
+            hooks.callback(blocks[-1].register_forward_hook(lambda *call: outputs.append(call[2])).remove)
+            base(inputs_embeds=hidden[index : index + 1, pad:], use_cache=False)
+        output = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+        return F.pad(output, (0, 0, pad, 0))
+
+    return torch.cat([row(index) for index in range(len(hidden))])
+
+
+def gradients(base, deep: str = "", pads=(), between=lambda: None) -> dict[str, torch.Tensor]:
+    """The output of a batch of soft prompts and inputs, and the gradients of one loss. deep: "shared" prompts
+    of every block, or "per row". `between`: what happens between forward and backward."""
+    random = torch.Generator().manual_seed(3)
+    draw = functools.partial(torch.randn, generator=random)
+    inputs, soft, weight = draw(5, 7, 48), draw(1, 2, 48), draw(5, 9, 48)
+    leaves = {"inputs": inputs, "soft prompts": soft}
+    if deep:
+        leaves["deep prompts"] = draw(LAYERS, 1 if deep == "shared" else 5, 2, 48)
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    for row, pad in enumerate(pads):
+        weight[row, :pad] = 0
+    hidden = torch.cat([soft.expand(5, -1, -1), inputs], dim=1)
+    output = through(base, hidden, leaves.get("deep prompts"), pads)
+    between()
+    (output * weight).sum().backward()
+    return {"output": output.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def same_gradients(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].shape == tensor.shape and tensor.norm() > 0
+        error = ((actual[name] - tensor).norm() / tensor.norm()).item()
+        assert error < 1e-4, f"{name}: relative error {error:.2g}"
+
+
+@pytest.mark.parametrize("pads", [(), (2, 0, 2, 1, 0)], ids=["", "padded"])
+@pytest.mark.parametrize("deep", ["", "shared", "per row"])
+def test_gradients_are_those_of_local_autograd(swarm, deep, pads, monkeypatch):
+    monkeypatch.setattr(pm, "MAX_BATCH_TOKENS", 18)  # parts of at most two rows
+    requests = spy(monkeypatch, pm, "_request")
+    actual = gradients(swarm.model.transformer, deep, pads)
+    same_gradients(actual, gradients(swarm.reference.base_model, deep, pads))
+    assert all(call.args[3][0].shape[:2].numel() <= 18 for call in requests)
+    kinds = [call.args[2] for call in requests]
+    assert kinds.count("rpc_forward") == kinds.count("rpc_backward") >= 3 * len(swarm.servers)
+
+
+def test_a_batch_goes_in_parts_that_keep_every_server_busy(llama, monkeypatch):
+    """While one part is at the second server the next is at the first. A part is not cut below what a server
+    computes at its full rate, nor left above what it should take at once."""
+    requests = spy(monkeypatch, pm, "_request")
+    for shape, parts in [((8, 128, 48), [128] * 8), ((40, 3, 48), [120]), ((2, 1500, 48), [1500] * 2),
+                         ((100, 64, 48), [9 * 64] * 11 + [64])]:  # fmt: skip
+        with torch.no_grad():
+            llama.model.transformer.h(torch.ones(shape))
+        sizes = [call.args[3][0].shape[:2].numel() for call in requests if call.args[1].start == 0]
+        assert sorted(sizes, reverse=True) == parts
+        requests.clear()
+
+
+@pytest.mark.parametrize("deep", ["shared", "per row"])
+def test_a_server_killed_between_forward_and_backward(
+    crowd, server_of, initial_peers, folder, deep, monkeypatch
+):
+    """Its part of the forward pass is computed again by two others, the rest is not; the step is not lost."""
+    options = {"dht_prefix": f"killed-{deep[:3]}-hf", "initial_peers": initial_peers}
+    server_of(crowd.path, 0, 2, **options)
+    flags = ["--dht_prefix", options["dht_prefix"], "--initial_peers", *initial_peers]
+    with Process(folder, "serve", crowd.path, "--block_indices", "2:5", *flags, *SERVE) as process:
+        process.hello()
+        kind = pm.AutoDistributedModelForCausalLM
+        model = kind.from_pretrained(crowd.path, update_period=0.5, min_backoff=0.1, **options)
+        requests = spy(monkeypatch, pm, "_request")
+
+        def kill() -> None:
+            assert process.end(signal.SIGKILL)[0] == -signal.SIGKILL
+            for first, last in ((2, 4), (4, 5)):
+                server_of(crowd.path, first, last, **options)
+            requests.clear()
+
+        actual = gradients(model.transformer, deep, between=kill)
+    same_gradients(actual, gradients(crowd.reference.base_model, deep))
+    again = {(call.args[1].start, call.args[1].end) for call in requests if call.args[2] == "rpc_forward"}
+    assert again - {(2, 5)} == {(2, 4), (4, 5)}  # it may try the dead one while it knows no other
+
+
+# ------------------------------------------------------------------------------------------------------------
 # What one does with a transformers model
 # ------------------------------------------------------------------------------------------------------------
 
