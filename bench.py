@@ -7,6 +7,8 @@ then what was measured, and ends with one line of JSON.
     python bench.py kernels                    how near the kernels come to what the chip can do
     python bench.py quality [--model PATH]     what smaller weights cost in perplexity
     python bench.py decode [--tokens 60]       what smaller weights bring in speed, one row on this CPU
+    python bench.py backward [--repeats 5]     one forward and backward pass beside transformers alone
+    python bench.py train [--steps 40]         what soft prompts learn through two servers, and a step's time
 
 Servers of the first three run one thread each. Slow links and cuts need root, network namespaces and
 /dev/net/tun (see the tests).
@@ -23,6 +25,9 @@ import os
 import pydoc_data.topics
 import random
 import statistics
+import subprocess
+import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -31,6 +36,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import petals_min as pm
 from kernels import attention, matmul, norm, rotary
@@ -508,6 +515,128 @@ def decode(tokens: int = 60) -> None:
     report(bench="decode", weights=count, memory_GB_s=round(speed / 1e9, 1), **figures)
 
 
+def movie_reviews() -> list[tuple[str, int]]:
+    """About 10,600 sentences of film reviews in a fixed random order, with 1 for those that 20 people found
+    rather positive, else 0. They are inside the source distribution of PyPI's vaderSentiment (MIT)."""
+    with tempfile.TemporaryDirectory() as folder:
+        pip = "-m pip --disable-pip-version-check download --no-deps --no-binary=:all: --dest"
+        subprocess.run([sys.executable, *pip.split(), folder, "vaderSentiment==3.3.2"], check=True, stdout=2)
+        with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as outer:
+            inner = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+            with tarfile.open(fileobj=inner) as archive:
+                name = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+                lines = archive.extractfile(name).read().decode().strip().split("\r\n")
+    rated = [line.split("\t", 2) for line in lines]  # number, mean rating from -4 to 4, sentence
+    reviews = [(sentence.strip(), int(float(rating) > 0)) for _, rating, sentence in rated]
+    random.Random(0).shuffle(reviews)
+    return reviews
+
+
+def train(steps: int = 40, batch: int = 16, rate: float = 0.01, held_out: int = 200) -> None:
+    """Question: what do 16 soft prompts learn of film reviews, in 40 steps through two servers whose blocks
+    are frozen; and what does a step take beside transformers alone, frozen too, on the same cores? Both
+    compute in the checkpoint's dtype; the servers compute each block's forward pass a second time."""
+    path, reviews = str(pm._demo_checkpoint()), movie_reviews()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    words = [tokenizer(word).input_ids[0] for word in VERDICTS]
+    swarm = pm.wire().call(pm.Swarm.join([], host_maddrs=["/ip4/127.0.0.1/tcp/0"]))
+    peers = pm.wire().call(swarm.addresses())
+    options = {"initial_peers": peers, "tuning_mode": "ptune", "pre_seq_len": 16}
+    model = pm.AutoDistributedModelForCausalLM.from_pretrained(path, **options)
+    base, start = model.transformer, tokenizer(INSTRUCTION).input_ids
+    base.prompt_embeddings.weight.data.copy_(base.word_embeddings.weight[start[:16]])  # better than noise
+    alone = AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype).requires_grad_(False).model
+
+    def through_swarm(ids: torch.Tensor) -> torch.Tensor:
+        return base(ids).last_hidden_state
+
+    def by_transformers(ids: torch.Tensor) -> torch.Tensor:
+        soft = base.prompt_embeddings.weight.to(model.dtype).expand(len(ids), -1, -1)
+        embeds = torch.cat([soft, alone.embed_tokens(ids)], dim=1)
+        return alone(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, 16:]
+
+    def zero_shot(ids: torch.Tensor) -> torch.Tensor:
+        return alone(ids, use_cache=False).last_hidden_state
+
+    def judge(how, some: list[tuple[str, int]]) -> torch.Tensor:
+        """[B, 2]: logits of the two verdicts as the word after the question."""
+        rows = [torch.tensor(tokenizer(QUESTION.format(text)).input_ids) for text, _ in some]
+        hidden = how(pad_sequence(rows, batch_first=True))  # causal: padding at the right needs no mask
+        last = hidden[torch.arange(len(rows)), [len(row) - 1 for row in rows]]
+        return (last @ model.lm_head.weight[words].T).float()
+
+    @torch.no_grad()
+    def accuracy(how) -> float:
+        some = sorted(reviews[:held_out], key=lambda review: len(review[0]))
+        parts = [some[at : at + 20] for at in range(0, len(some), 20)]
+        verdicts = torch.cat([judge(how, part).argmax(1) for part in parts])
+        return (verdicts == torch.tensor([label for _, label in some])).float().mean().item()
+
+    optimizer = torch.optim.Adam([base.prompt_embeddings.weight], lr=rate)
+
+    def step(how, number: int) -> tuple[float, float]:
+        began, low = time.monotonic(), held_out + number * batch
+        some = reviews[low : low + batch]
+        loss = F.cross_entropy(judge(how, some), torch.tensor([label for _, label in some]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item(), time.monotonic() - began
+
+    with pm._local_servers(path, model.config.num_hidden_layers, 2, peers):
+        plain, before = accuracy(zero_shot), accuracy(through_swarm)
+        print(f"accuracy on {held_out} sentences: zero-shot {plain:.3f}, with the instruction {before:.3f}")
+        seconds = []
+        for number in range(steps):
+            loss, took = step(through_swarm, number)
+            seconds.append(took)
+            print(f"step {number + 1}: loss {loss:.3f}, {took:.2f} s", flush=True)
+        after = accuracy(through_swarm)
+        torch.set_num_threads(os.cpu_count() or 1)  # the servers are idle from here on
+        theirs = [step(by_transformers, number)[1] for number in range(8)]
+    accuracies = {"zero_shot": round(plain, 3), "before": round(before, 3), "after": round(after, 3)}
+    ours, theirs = (statistics.median(times[:8]) for times in (seconds, theirs))  # the same batches
+    report(bench="train", steps=steps, **accuracies, step_s=round(ours, 2),
+           transformers_step_s=round(theirs, 2), ratio=round(ours / theirs, 2))  # fmt: skip
+
+
+QUESTION, VERDICTS = "Review: {}\nSentiment:", (" negative", " positive")
+INSTRUCTION = (
+    "Read the following sentence from a movie review and decide whether the critic liked the film or not."
+)
+
+
+def backward(rows: int = 8, tokens: int = 128, repeats: int = 5) -> None:
+    """Question: what do a forward and a backward pass of a frozen 250M-parameter Llama cost over two servers
+    of one thread each, beside transformers alone, frozen too, with two threads? The gradient goes to the
+    input embeddings. Each block's forward pass is computed twice, so that the floor is 1.5."""
+    sizes = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, num_attention_heads=16)
+    sizes |= dict(num_key_value_heads=16, vocab_size=24000, initializer_range=0.02)
+    reference = make_model("llama", **sizes, head_dim=64).requires_grad_(False)
+    swarm = pm.wire().call(pm.Swarm.join([], host_maddrs=["/ip4/127.0.0.1/tcp/0"]))
+    options = {"initial_peers": pm.wire().call(swarm.addresses())}
+    inputs = torch.randn(rows, tokens, 1024, requires_grad=True)
+
+    def seconds(base) -> float:
+        times = []
+        for _ in range(repeats + 1):
+            began = time.monotonic()
+            base(inputs_embeds=inputs, use_cache=False).last_hidden_state.sum().backward()
+            times.append(time.monotonic() - began)
+        return statistics.median(times[1:])
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(save(reference, Path(folder) / "llama-250m"))
+        with pm._local_servers(path, 16, 2, options["initial_peers"]):
+            model = pm.AutoDistributedModelForCausalLM.from_pretrained(path, **options)
+            ours = seconds(model.transformer)
+            torch.set_num_threads(2)
+            theirs = seconds(reference.model)
+    count = round(sum(p.numel() for p in reference.parameters()) / 1e6)
+    report(bench="backward", parameters_m=count, batch=[rows, tokens], swarm_s=round(ours, 2),
+           transformers_s=round(theirs, 2), ratio=round(ours / theirs, 2))  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(dest="command", required=True)
@@ -517,6 +646,8 @@ def main() -> None:
     commands.add_parser("kernels")
     commands.add_parser("quality").add_argument("--model")
     commands.add_parser("decode").add_argument("--tokens", type=int, default=60)
+    commands.add_parser("backward").add_argument("--repeats", type=int, default=5)
+    commands.add_parser("train").add_argument("--steps", type=int, default=40)
     options = vars(parser.parse_args())
     globals()[options.pop("command")](**options)
 

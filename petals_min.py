@@ -425,8 +425,10 @@ class ClientConfig:
     # Of middle activations per session; beyond it, repairs start at the embeddings.
     max_history_bytes: int = 2**30
     active_adapter: str | None = None
-    pre_seq_len: int = 0
-    tuning_mode: str | None = None
+    tuning_mode: str | None = None  # "ptune": soft prompts before the text; "deep_ptune": also in every block
+    pre_seq_len: int = 0  # how many of them
+    # where the rest of the model is, if what is loaded has nothing but what was trained
+    base_model_name_or_path: str | None = None
 
     def attach_to(self, config: PretrainedConfig, kwargs: dict) -> PretrainedConfig:
         """Set each field on a transformers config: from `kwargs` (taken out), else as it is, else ours."""
@@ -1675,6 +1677,7 @@ class InferenceSession(transformers.Cache):
         # between steps; a step that succeeds sets the first two, in the wire thread
         self._position = 0
         self._reorder: Tensor | None = None  # rows [B] to take at the next step: composed beam_idx
+        self.prefix = 0  # soft prompts (tuning_mode) in front of the text, of which `generate` knows nothing
         # since position 0: the rows may then differ from the text that `generate` returned
         self.reordered = False
         self.output_ids: Tensor | None = None  # [B, tokens] of the `generate` calls so far
@@ -1690,15 +1693,19 @@ class InferenceSession(transformers.Cache):
     # ---- a transformers cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._position
+        return self._position - self.prefix
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last -n tokens off. A positive n is what this release of transformers makes of it: a new
         length up to 5.17, an error from 5.18 on. So a cache of its own says what is left."""
         cache = transformers.DynamicCache()
-        cache.update(*torch.empty(2, 1, 1, self._position, 1), layer_idx=0)
+        cache.update(*torch.empty(2, 1, 1, self.get_seq_length(), 1), layer_idx=0)
         cache.crop(tokens_to_remove)
-        self.position = cache.get_seq_length()
+        self.keep(cache.get_seq_length())
+
+    def keep(self, tokens: int) -> None:
+        """Rewind to so many tokens of text. The soft prompts before them go only when all text does."""
+        self.position = tokens + self.prefix if tokens else 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._reorder, self.reordered = _then(self._reorder, _on_cpu(beam_idx, torch.int64)), True
@@ -1721,17 +1728,20 @@ class InferenceSession(transformers.Cache):
 
     @property
     def position(self) -> int:
-        """Tokens in the caches. Setting a smaller number rewinds: the next step goes on from there."""
+        """Tokens in the caches, soft prompts included. Setting a smaller number rewinds: the next step goes
+        on from there."""
         return self._position
 
     @position.setter
     def position(self, position: int) -> None:
-        past = self._position
-        _require(0 <= position <= past, f"position {position}: a session of {past} tokens can only go back")
+        past, fits = self._position, position == 0 or self.prefix <= position <= self._position
+        _require(
+            fits, f"position {position}: a session of {past} tokens can only go back, in its text or to 0"
+        )
         if position == 0:
-            self._reorder, self.reordered = None, False
+            self._reorder, self.reordered, self.prefix = None, False, 0
         if position != past and self.output_ids is not None:
-            self.output_ids = self.output_ids[:, :position]
+            self.output_ids = self.output_ids[:, : position - self.prefix]
         self._position = position
 
     def set_left_pad(self, left_pad: Sequence[int]) -> None:
@@ -1823,7 +1833,9 @@ class InferenceSession(transformers.Cache):
 # 10  RemoteSequential: blocks of other machines as a PyTorch module
 # ============================================================================================================
 
-MAX_BATCH_TOKENS = 1024  # tokens in one forward or backward request
+MAX_BATCH_TOKENS = 1024  # tokens in one forward or backward request, unless a single row has more
+MIN_BATCH_TOKENS = 128  # fewer take a server hardly less time: it reads all its weights for them too
+PARTS_PER_SERVER = 4  # of a batch: then a pipeline of S servers idles (S - 1) / (5 * S - 1) of the time
 
 
 class RemoteSequential(nn.Module):
@@ -1881,13 +1893,19 @@ class RemoteSequential(nn.Module):
 
 
 class _RemoteForward(torch.autograd.Function):
-    """Blocks of the swarm as one differentiable operation. The batch goes in parts of equally padded rows, of
-    at most MAX_BATCH_TOKENS tokens, all under way at once, each over its own route."""
+    """Blocks of the swarm as one differentiable operation. The batch goes in parts of equally padded rows,
+    all under way at once, each over its own route: while one is at the second server, the next is at the
+    first."""
 
     @staticmethod
     def forward(ctx, layers: RemoteSequential, hidden: Tensor, prompts: Tensor | None, left_pad) -> Tensor:
         local, prompts = _on_cpu(hidden), _on_cpu(prompts, hidden.dtype)
-        most = max(1, MAX_BATCH_TOKENS // max(1, hidden.shape[1]))  # rows
+        B, T = len(hidden), max(1, hidden.shape[1])
+        wire().call(layers.router.refresh(layers.config.update_period, wait=False))
+        low, high = layers.blocks.start, layers.blocks.stop
+        servers = {span.peer for span in layers.router.spans if span.start < high and span.end > low}
+        busy = math.ceil(B / (PARTS_PER_SERVER * max(1, len(servers))))
+        most = max(1, min(max(busy, MIN_BATCH_TOKENS // T), MAX_BATCH_TOKENS // T))  # rows of a part
         groups = [(slice(pad, None), torch.tensor(rows)) for pad, rows in _rows_by_padding(left_pad)]
         ctx.places = [(part, tokens) for tokens, rows in groups for part in rows.split(most)]
         ctx.prompts = [_prompts_of(prompts, rows=rows) for rows, _ in ctx.places]
@@ -1967,6 +1985,8 @@ async def _request(router: Router, span: Span, rpc: str, tensors: list, prompts:
     if len(answer) < wanted:
         raise PeerError(f"it answered {len(answer)} tensors where {wanted} were due", span.peer)
     _checked(answer[0], tensors[0], span.peer)
+    if wanted > 1:  # for each row, also of prompts that the rows share
+        _checked(answer[1], prompts.expand(-1, len(tensors[0]), -1, -1), span.peer)
     router.succeeded(span.peer)
     return answer[:wanted]
 
@@ -1987,6 +2007,7 @@ class _Distributed:
         if self.base_model is self:
             setattr(self, family_of(config).layers, RemoteSequential(config, dht=dht))
             self._modules.setdefault("word_embeddings_layernorm", nn.Identity())  # Bloom has one
+            self._add_prompts()
         else:
             base = distributed_class(config.model_type, "Model")(config, dht=dht)
             setattr(self, self.base_model_prefix, base)
@@ -2009,13 +2030,28 @@ class _Distributed:
         hub = {key: kwargs.pop(key, None) for key in ("token", "revision", "cache_dir")}
         with torch.device("meta"):
             wanted = cls(config).state_dict()
-        tensors = Checkpoint(name, **hub).select(wanted, f"{cls.base_model_prefix}.")
+        tensors = {}
+        for source in filter(None, (config.base_model_name_or_path, name)):
+            tensors |= Checkpoint(source, **hub).select(wanted, f"{cls.base_model_prefix}.")
         _require(tensors, f"{name!r} holds none of {cls.__name__}'s own tensors ({next(iter(wanted))}, …)")
         model = super().from_pretrained(None, *args, config=config, state_dict=tensors, dtype=dtype, **kwargs)
+        model.config.name_or_path = name
         if model.can_generate():
             with contextlib.suppress(OSError):  # many models have no generation_config.json
                 model.generation_config = transformers.GenerationConfig.from_pretrained(name, **hub)
+        for name, parameter in model.named_parameters():  # only these are trained, as in Petals
+            parameter.requires_grad_("prompt_embeddings" in name or name.startswith("score."))
         return model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save what is trained, that is the parameters that want a gradient, as safetensors beside a config
+        that says where the rest is; `from_pretrained` puts both together. The whole local part where nothing
+        is trained."""
+        trained = {name: p.detach() for name, p in self.named_parameters() if p.requires_grad} or None
+        base = self.config.base_model_name_or_path or self.config.name_or_path
+        base = os.path.abspath(base) if os.path.isdir(base) else base
+        self.config.base_model_name_or_path = base if trained else None
+        super().save_pretrained(save_directory, **{"state_dict": trained} | kwargs)
 
     @property
     def remote(self) -> RemoteSequential:
@@ -2035,7 +2071,30 @@ def _as_session(cache: Any) -> InferenceSession | None:
 
 
 class _Base(_Distributed):
-    """A base model: embeddings, remote blocks, final norm."""
+    """A base model: embeddings, remote blocks, final norm; with a `tuning_mode` also the prompts to train."""
+
+    _keep_in_fp32_modules_strict = ("prompt_embeddings",)  # what is trained in small steps
+
+    def _add_prompts(self) -> None:
+        """In Petals' names and layout: `prompt_embeddings` [P, H], `intermediate_…` [P, blocks * H]."""
+        mode, P, H = self.config.tuning_mode, self.config.pre_seq_len, self.config.hidden_size
+        fits = mode is None or (mode in ("ptune", "deep_ptune") and P > 0)
+        _require(fits, f"tuning_mode {mode!r}, pre_seq_len {P}: expected ptune or deep_ptune, 1 or more")
+        if mode:
+            self.prompt_embeddings = nn.Embedding(P, H, dtype=torch.float32)
+        if mode == "deep_ptune":
+            size = num_blocks(self.config) * H
+            self.intermediate_prompt_embeddings = nn.Embedding(P, size, dtype=torch.float32)
+
+    def _prompted(self, hidden: Tensor, left_pad: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """The soft prompts between each row's padding and its text: [B, T, H] -> [B, P + T, H]; and the
+        prompts of the blocks [blocks, 1, P, H], if there are some."""
+        soft, pads, deep = self.prompt_embeddings.weight.to(hidden), left_pad or [0] * len(hidden), None
+        rows = [torch.cat([row[:pad], soft, row[pad:]]) for row, pad in zip(hidden, pads, strict=True)]
+        if self.config.tuning_mode == "deep_ptune":
+            deep = self.intermediate_prompt_embeddings.weight.unflatten(1, (-1, 1, hidden.shape[2]))
+            deep = deep.movedim(0, 2)
+        return torch.stack(rows), deep
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
         """transformers' forward, for all families: ids [B, T] (or inputs_embeds=[B, T, H]) to last hidden
@@ -2054,17 +2113,23 @@ class _Base(_Distributed):
         if session is None and given.get("use_cache"):
             session = layers.inference_session()
         hidden = self.get_input_embeddings()(input_ids) if embeds is None else embeds
+        past, begins, deep, P = 0, True, None, 0
+        if session is not None:
+            session._start_over_unless(len(hidden))
+            past, begins = session.get_seq_length(), not session.position
+        left_pad = _left_pad(attention_mask, position_ids, hidden, past)
+        if begins and self.config.tuning_mode:
+            (hidden, deep), P = self._prompted(hidden, left_pad), self.config.pre_seq_len
         hidden = self.word_embeddings_layernorm(hidden)
         if session is None:
-            hidden = layers(hidden, left_pad=_left_pad(attention_mask, position_ids, hidden, past=0))
+            hidden = layers(hidden, deep, left_pad)
         else:
-            session._start_over_unless(len(hidden))
-            left_pad = _left_pad(attention_mask, position_ids, hidden, session.position)
-            if attention_mask is not None or not session.position:
+            if attention_mask is not None or begins:
                 session.set_left_pad(left_pad)
-            hidden = session.step(hidden)
+            hidden = session.step(hidden, deep)
+            session.prefix += P
         # this type has every field that a family's head reads: Mixtral's its router_logits
-        output = transformers.modeling_outputs.MoeModelOutputWithPast(self.ln_f(hidden), session)
+        output = transformers.modeling_outputs.MoeModelOutputWithPast(self.ln_f(hidden[:, P:]), session)
         return output.to_tuple() if given.get("return_dict") is False else output
 
 
@@ -2127,13 +2192,14 @@ class _CausalLM(_Distributed):
         length."""
         past, given = session.output_ids, kwargs.get("attention_mask")
         if past is None:  # tokens that came as hidden states have stand-ins for their ids
-            past = torch.zeros(session.batch_size_ or 1, session.position, dtype=int, device=self.device)
+            some = session.batch_size_ or 1, session.get_seq_length()
+            past = torch.zeros(*some, dtype=int, device=self.device)
         if inputs is not None and len(inputs) != len(past):  # another batch: nothing to go on from
             past = inputs[:, :0]
         whole = past if inputs is None else torch.cat([past, inputs.to(past.device)], dim=1)
         # what an interrupted call left in the caches goes; and something must be left to compute
         usable = 0 if session.reordered or len(past) != session.batch_size_ else past.shape[1]
-        session.position = max(0, min(session.position, usable, whole.shape[1] - 1))
+        session.keep(max(0, min(session.get_seq_length(), usable, whole.shape[1] - 1)))
         session.output_ids = past
         if not past.shape[1]:
             return inputs, 0
@@ -2150,7 +2216,7 @@ class _CausalLM(_Distributed):
         session, max_cache_length = model_kwargs["past_key_values"], args[-1]
         # prompt lookup may look past the end of the text; an assistant is called again and again
         ahead = 2048 if getattr(generation_config, "is_assistant", False) else 0
-        ahead += generation_config.prompt_lookup_num_tokens or 0
+        ahead += (generation_config.prompt_lookup_num_tokens or 0) + self.config.pre_seq_len
         session.max_length = session.max_length or max_cache_length + 1 + ahead
 
 
@@ -2714,13 +2780,15 @@ class _Part:
                 table = work.tables.prepare(row, length - new, length)
                 self.rows.append((table, new, length, length + work.left - portion))
         self.x = work.hidden[:, self.tokens][self.real].to(executor.device, executor.dtype)
-        self.prompted = work.done < work.prompts.shape[2]  # some of its tokens get deep prompts added
+        # deep prompts are for a row's first tokens in this step: [tokens] which row, which prompt (P: none)
+        P, before = work.prompts.shape[2], (work.start - torch.tensor(pads)[:, None]).clamp(min=0)
+        self.nth = self.real.nonzero()[:, 0], (own - before)[self.real].clamp(max=P)
+        self.prompted = bool((self.nth[1] < P).any())
 
     def prompts(self, index: int) -> Tensor:
         """What to add to its tokens before this block; zeros to those after the prompts."""
-        given = self.work.prompts[index - self.work.blocks.start, :, self.tokens]  # [B or 1, some, H]
-        whole = F.pad(given, (0, 0, 0, self.real.shape[1] - given.shape[1]))
-        return whole.expand(*self.real.shape, -1)[self.real].to(self.x)
+        given = F.pad(self.work.prompts[index - self.work.blocks.start], (0, 0, 0, 1))  # [B or 1, P + 1, H]
+        return given.expand(len(self.real), -1, -1)[self.nth].to(self.x)
 
     def finish(self) -> None:
         self.work.output[:, self.tokens][self.real] = self.x.to("cpu")

@@ -69,6 +69,7 @@ from hivemind.p2p import P2P, P2PContext, P2PHandlerError, PeerID, ServicerBase
 from hivemind.proto import runtime_pb2
 from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID
 from hivemind.utils.serializer import MSGPackSerializer
+from safetensors import safe_open
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -1415,6 +1416,287 @@ def test_ids_as_a_keyword_and_no_cache(llama):
         greedy(llama.model, ids, new=4, past_key_values=llama.model.inference_session(max_length=16))
         == expected
     )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training: gradients over the swarm
+# ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def prompting(blocks, prompts: torch.Tensor | None, pads=()):
+    """Within it each of transformers' blocks adds its prompts, [blocks, 1, P, H], to the first tokens after a
+    row's padding, in passes of more than one token: a text begins with them."""
+    with contextlib.ExitStack() as hooks:
+        for block, its in zip(blocks, () if prompts is None else prompts[:, 0], strict=False):
+
+            def add(module, args, its=its):
+                if args[0].shape[1] == 1:
+                    return args
+                after = args[0].shape[1] - len(its)
+                places = pads or [0] * len(args[0])
+                return args[0] + torch.stack([F.pad(its, (0, 0, pad, after - pad)) for pad in places]), *args[
+                    1:
+                ]
+
+            hooks.callback(block.register_forward_pre_hook(add).remove)
+        yield
+
+
+def through(base, hidden: torch.Tensor, prompts=None, pads=()) -> torch.Tensor:
+    """[B, T, H] through a base model's blocks, prompts [blocks, B or 1, P, H] added on the way: over the
+    swarm if its blocks are remote, else by transformers, each padded row alone; zeros at padding."""
+    blocks = base.h if hasattr(base, "h") else base.layers
+    if isinstance(blocks, pm.RemoteSequential):
+        return blocks(base.word_embeddings_layernorm(hidden), prompts, left_pad=pads)
+
+    def row(index: int) -> torch.Tensor:
+        pad, outputs = pads[index] if pads else 0, []  # outputs of the last block, before the final norm
+        its = None if prompts is None else prompts[:, index % prompts.shape[1], None]
+        with prompting(blocks, its), contextlib.ExitStack() as hook:
+            hook.callback(blocks[-1].register_forward_hook(lambda *call: outputs.append(call[2])).remove)
+            base(inputs_embeds=hidden[index : index + 1, pad:], use_cache=False)
+        output = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+        return F.pad(output, (0, 0, pad, 0))
+
+    return torch.cat([row(index) for index in range(len(hidden))])
+
+
+def gradients(base, deep: str = "", pads=(), between=lambda: None) -> dict[str, torch.Tensor]:
+    """The output of a batch of soft prompts and inputs, and the gradients of one loss. deep: "shared" prompts
+    of every block, or "per row". `between`: what happens between forward and backward."""
+    random = torch.Generator().manual_seed(3)
+    draw = functools.partial(torch.randn, generator=random)
+    inputs, soft, weight = draw(5, 7, 48), draw(1, 2, 48), draw(5, 9, 48)
+    leaves = {"inputs": inputs, "soft prompts": soft}
+    if deep:
+        leaves["deep prompts"] = draw(LAYERS, 1 if deep == "shared" else 5, 2, 48)
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    for row, pad in enumerate(pads):
+        weight[row, :pad] = 0
+    hidden = torch.cat([soft.expand(5, -1, -1), inputs], dim=1)
+    output = through(base, hidden, leaves.get("deep prompts"), pads)
+    between()
+    (output * weight).sum().backward()
+    return {"output": output.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def same_gradients(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].shape == tensor.shape and tensor.norm() > 0
+        error = ((actual[name] - tensor).norm() / tensor.norm()).item()
+        assert error < 1e-4, f"{name}: relative error {error:.2g}"
+
+
+@pytest.mark.parametrize("pads", [(), (2, 0, 2, 1, 0)], ids=["", "padded"])
+@pytest.mark.parametrize("deep", ["", "shared", "per row"])
+def test_gradients_are_those_of_local_autograd(swarm, deep, pads, monkeypatch):
+    monkeypatch.setattr(pm, "MAX_BATCH_TOKENS", 18)  # parts of at most two rows
+    requests = spy(monkeypatch, pm, "_request")
+    actual = gradients(swarm.model.transformer, deep, pads)
+    same_gradients(actual, gradients(swarm.reference.base_model, deep, pads))
+    assert all(call.args[3][0].shape[:2].numel() <= 18 for call in requests)
+    kinds = [call.args[2] for call in requests]
+    assert kinds.count("rpc_forward") == kinds.count("rpc_backward") >= 3 * len(swarm.servers)
+
+
+def test_a_batch_goes_in_parts_that_keep_every_server_busy(llama, monkeypatch):
+    """While one part is at the second server the next is at the first. A part is not cut below what a server
+    computes at its full rate, nor left above what it should take at once."""
+    requests = spy(monkeypatch, pm, "_request")
+    for shape, parts in [((8, 128, 48), [128] * 8), ((40, 3, 48), [120]), ((2, 1500, 48), [1500] * 2),
+                         ((100, 64, 48), [9 * 64] * 11 + [64])]:  # fmt: skip
+        with torch.no_grad():
+            llama.model.transformer.h(torch.ones(shape))
+        sizes = [call.args[3][0].shape[:2].numel() for call in requests if call.args[1].start == 0]
+        assert sorted(sizes, reverse=True) == parts
+        requests.clear()
+
+
+@pytest.mark.parametrize("deep", ["shared", "per row"])
+def test_a_server_killed_between_forward_and_backward(
+    crowd, server_of, initial_peers, folder, deep, monkeypatch
+):
+    """Its part of the forward pass is computed again by two others, the rest is not; the step is not lost."""
+    options = {"dht_prefix": f"killed-{deep[:3]}-hf", "initial_peers": initial_peers}
+    server_of(crowd.path, 0, 2, **options)
+    flags = ["--dht_prefix", options["dht_prefix"], "--initial_peers", *initial_peers]
+    with Process(folder, "serve", crowd.path, "--block_indices", "2:5", *flags, *SERVE) as process:
+        process.hello()
+        kind = pm.AutoDistributedModelForCausalLM
+        model = kind.from_pretrained(crowd.path, update_period=0.5, min_backoff=0.1, **options)
+        requests = spy(monkeypatch, pm, "_request")
+
+        def kill() -> None:
+            assert process.end(signal.SIGKILL)[0] == -signal.SIGKILL
+            for first, last in ((2, 4), (4, 5)):
+                server_of(crowd.path, first, last, **options)
+            requests.clear()
+
+        actual = gradients(model.transformer, deep, between=kill)
+    same_gradients(actual, gradients(crowd.reference.base_model, deep))
+    again = {(call.args[1].start, call.args[1].end) for call in requests if call.args[2] == "rpc_forward"}
+    assert again - {(2, 5)} == {(2, 4), (4, 5)}  # it may try the dead one while it knows no other
+
+
+P = 3  # soft prompts
+TUNED = {"pre_seq_len": P, "initializer_range": 0.4}
+
+
+def prompts_of(model, ids: torch.Tensor, pads=()) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a tuned model puts before a text, for transformers alone: the inputs with the soft prompts after
+    each row's padding, [B, P + T, H]; the prompts of the blocks, [blocks, 1, P, H], by Petals' layout."""
+    base, deep = model.transformer, None
+    embeds, soft = base.word_embeddings(ids), base.prompt_embeddings(torch.arange(P))
+    if model.config.tuning_mode == "deep_ptune":
+        deep = (
+            base.intermediate_prompt_embeddings(torch.arange(P)).view(P, LAYERS, -1).permute(1, 0, 2)[:, None]
+        )
+    rows = zip(embeds, pads or [0] * len(ids), strict=True)
+    return torch.stack([torch.cat([row[:pad], soft, row[pad:]]) for row, pad in rows]), deep
+
+
+def blocks_of(reference):
+    return getattr(reference.base_model, "layers", None) or reference.base_model.h
+
+
+@pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
+def test_prompt_tuning_computes_and_generates_as_transformers_would(swarm, mode):
+    model, reference, ids = swarm.load(tuning_mode=mode, **TUNED), swarm.reference, some_ids(2, 9)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[1] for name in trained} == {
+        "prompt_embeddings",
+        "intermediate_prompt_embeddings",
+    } - ({"intermediate_prompt_embeddings"} if mode == "ptune" else set())
+    output = model(ids, labels=ids)
+    output.loss.backward()
+    actual = {name: p.grad.clone() for name, p in trained.items()}
+    model.zero_grad()
+    embeds, deep = prompts_of(model, ids)
+    with prompting(blocks_of(reference), deep):
+        expected = reference(inputs_embeds=embeds)
+    logits = expected.logits[:, P:].contiguous()
+    loss = reference.loss_function(logits, ids, vocab_size=VOCAB)
+    close(output.logits, logits)
+    close(output.loss, loss)
+    loss.backward()
+    same_gradients(actual, {name: p.grad for name, p in trained.items()})
+
+    call = dict(max_new_tokens=8, do_sample=False)
+    mask, pads = torch.ones(2, 9, dtype=torch.int64), [0, 4]
+    mask[1, :4] = 0
+    with torch.no_grad():
+        (plain, deep), (padded, _) = prompts_of(model, ids), prompts_of(model, ids, pads)
+        with prompting(blocks_of(reference), deep):
+            texts = [reference.generate(inputs_embeds=plain, **call).tolist()]
+        with prompting(blocks_of(reference), deep, pads):
+            wide = torch.cat([mask, torch.ones(2, P, dtype=torch.int64)], dim=1)
+            texts.append(reference.generate(inputs_embeds=padded, attention_mask=wide, **call).tolist())
+    assert model.generate(ids, **call)[:, 9:].tolist() == texts[0]
+    assert model.generate(ids, attention_mask=mask, **call)[:, 9:].tolist() == texts[1]
+    assert texts[0] != reference.generate(ids, **call)[:, 9:].tolist()  # the prompts matter
+
+
+def test_a_classifier_trains_its_head_and_prompts(swarm, tmp_path):
+    """For all families; what was trained is saved alone, and loaded beside the rest of the model."""
+    kind, ids, labels = (
+        pm.AutoDistributedModelForSequenceClassification,
+        some_ids(3, 9),
+        torch.tensor([2, 0, 1]),
+    )
+    model = swarm.load(kind=kind, num_labels=3, tuning_mode="deep_ptune", **TUNED)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 3 and {p.dtype for p in trained.values()} == {torch.float32}
+    output = model(ids, labels=labels)
+    output.loss.backward()
+    actual = {name: p.grad.clone() for name, p in trained.items()}
+    model.zero_grad()
+    embeds, deep = prompts_of(model, ids)
+    with prompting(blocks_of(swarm.reference), deep):
+        hidden = swarm.reference.base_model(inputs_embeds=embeds).last_hidden_state
+    expected = F.cross_entropy(model.score(hidden[:, -1]), labels)
+    close(output.loss, expected)
+    expected.backward()
+    same_gradients(actual, {name: p.grad for name, p in trained.items()})
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert set(file.keys()) == set(trained)
+    again = kind.from_pretrained(tmp_path)  # its config knows the rest: the model, the swarm, the tuning mode
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_tuned_prompts_in_a_session(llama):
+    """They are the session's first tokens. Its text goes on, is rewound, assisted or searched with beams."""
+    model, ids = llama.load(tuning_mode="deep_ptune", **TUNED), some_ids(1, 9)
+    whole = greedy(model, ids, new=10)
+    with model.inference_session(max_length=64) as session:
+        begun = greedy(model, ids, new=4)
+        assert session.position == P + 9 + 4 - 1 and session.get_seq_length() == 12
+        more = model.generate(None, max_new_tokens=6, do_sample=False).tolist()
+        assert begun[0] + more[0] == whole[0]
+        session.position = P + 9
+        assert model.generate(None, max_new_tokens=10, do_sample=False).tolist()[0] == whole[0][9:]
+        with pytest.raises(ValueError, match="position 2"):
+            session.position = 2
+        session.position = 0
+        assert greedy(model, ids, new=10) == whole
+    assert greedy(model, ids, new=10, prompt_lookup_num_tokens=3) == whole
+    assert greedy(model, ids, new=10, assistant_model=llama.assistant) == whole
+    with torch.no_grad():
+        embeds, deep = prompts_of(model, ids)
+        with prompting(blocks_of(llama.reference), deep):
+            beams = greedy(llama.reference, new=8, inputs_embeds=embeds, num_beams=3)
+    assert greedy(model, ids, new=8, num_beams=3)[0][9:] == beams[0]
+
+
+def test_prompts_stay_in_float32_and_a_plain_loop_trains_them(llama, tmp_path):
+    model, ids = llama.load(tuning_mode="deep_ptune", dtype="bfloat16", **TUNED), some_ids(4, 9)
+    base = model.transformer
+    assert base.word_embeddings.weight.dtype == torch.bfloat16
+    assert (
+        base.prompt_embeddings.weight.dtype
+        == base.intermediate_prompt_embeddings.weight.dtype
+        == torch.float32
+    )
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(12):
+        for half in ids.split(2):  # gradients add up
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(half, labels=half).loss / 2
+            loss.backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
+    model.save_pretrained(tmp_path)
+    again = llama.load(tmp_path)
+    assert again.transformer.prompt_embeddings.weight.dtype == torch.float32
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    for bad in ({"tuning_mode": "lora"}, {"tuning_mode": "ptune"}):
+        with pytest.raises(ValueError, match="expected ptune"):
+            llama.load(**bad)
+
+
+def test_a_layer_of_ones_own_between_remote_blocks_trains(llama):
+    """An adapter in the middle of the model, as Petals' "custom paths": everything to train is here."""
+    layers, adapter = llama.model.transformer.h, nn.Sequential(nn.Linear(48, 4), nn.GELU(), nn.Linear(4, 48))
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=0.02)
+    ids, losses = some_ids(4, 8), []
+    for _ in range(10):
+        hidden = llama.model.transformer.word_embeddings(ids)
+        hidden = layers[:2](hidden)
+        hidden = hidden + adapter(hidden)
+        hidden = layers[2:](hidden)
+        logits = llama.model.lm_head(llama.model.transformer.ln_f(hidden))
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
