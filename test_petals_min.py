@@ -2390,6 +2390,7 @@ def test_large_requests_go_by_stream(recorded_servers, tiny, initial_peers, monk
     """Petals cuts what is over 1 MiB; our client and server do so too, in both directions."""
     opened = spy(monkeypatch, pm.Stream, "open")
     monkeypatch.setattr(pm, "MAX_BATCH_TOKENS", 10**6)
+    monkeypatch.setattr(pm, "MIN_BATCH_TOKENS", 10**6)
     peers = [str(server.swarm.peer_id) for server in recorded_servers.values()]
     model = pm.AutoDistributedModel.from_pretrained(
         tiny.path, initial_peers=initial_peers, dht_prefix=PREFIX, allowed_servers=peers
@@ -3667,6 +3668,7 @@ def test_ten_generations_in_chaos_are_those_of_a_quiet_swarm(faults, model, refe
         assert stall < STALL[verb], what
 
 
+@pytest.mark.soak
 def test_a_minute_of_faults_while_eight_clients_generate(faults, model, reference):
     import bench
 
