@@ -30,6 +30,7 @@ import dataclasses
 import fcntl
 import functools
 import gc
+import gzip
 import heapq
 import http.server
 import inspect
@@ -65,9 +66,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from hivemind.compression import deserialize_torch_tensor, serialize_torch_tensor
-from hivemind.p2p import P2P, P2PContext, P2PHandlerError, PeerID, ServicerBase
+from hivemind.p2p import P2P, P2PContext, P2PDaemonError, P2PHandlerError, PeerID, ServicerBase
 from hivemind.proto import runtime_pb2
 from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID
+from hivemind.utils.asyncio import as_aiter
 from hivemind.utils.serializer import MSGPackSerializer
 from safetensors import safe_open
 from torch import nn
@@ -586,14 +588,15 @@ def swarm(request, initial_peers, folder) -> Iterator[SwarmUnderTest]:
 
 # Recorded conversations of original Petals (RECORDED, at the end of this file): messages in the order in
 # which Petals' servers saw them, between Petals' own client and its servers "0:2" and "2:4" of one tiny
-# Llama.
+# Llama. The whole collection, larger ones and those of a tiny Bloom included, may lie beside the checkout.
+WIRE = HERE.parent / "shared" / "petals_wire"
 
 
 @functools.cache
 def recorded() -> dict[str, list[SimpleNamespace]]:
     packed = lzma.decompress(base64.b85decode("".join(RECORDED.split())))
     return {
-        name: [SimpleNamespace(**entry) for entry in entries]
+        name: [SimpleNamespace(**entry, parts=[]) for entry in entries]
         for name, entries in msgpack.unpackb(packed).items()
     }
 
@@ -1907,7 +1910,8 @@ def tensors_of(message) -> list[torch.Tensor]:
 
 
 def same_answer(actual, expected) -> None:
-    """As Petals' own answer: the numbers within 1e-4, everything else equal."""
+    """As Petals' own answer: the numbers within 1e-4 (what goes as 16 bits also within one step of those),
+    everything else equal."""
     assert actual.metadata == expected.metadata
     for one, other in zip(actual.tensors, expected.tensors, strict=True):
         assert (list(one.size), one.dtype, one.compression) == (
@@ -1915,8 +1919,8 @@ def same_answer(actual, expected) -> None:
             other.dtype,
             other.compression,
         )
-    for one, other in zip(tensors_of(actual), tensors_of(expected), strict=True):
-        close(one, other)
+    for one, other, sent in zip(tensors_of(actual), tensors_of(expected), expected.tensors, strict=True):
+        close(one, other, **({"rtol": 2**-10, "atol": 2**-10} if sent.compression else {}))
 
 
 class TransformerConnectionHandler(ServicerBase):
@@ -1995,7 +1999,7 @@ class TransformerConnectionHandler(ServicerBase):
                     tensors_of(request),
                 )
                 if first is None:
-                    assert type(metadata["max_length"]) is int and type(metadata["points"]) is float
+                    assert type(metadata["max_length"]) is int and type(metadata["points"]) in (int, float)
                     first, session = (prompts, hypo_ids), metadata["session_id"]
                     self.queues[session] = queue
                     past = hidden[:, :0]
@@ -2016,7 +2020,8 @@ class TransformerConnectionHandler(ServicerBase):
                     uid = " ".join(f"{PREFIX}.{index}" for index in range(low, high))
                     push = pm.pack_request(uid, [output, *first], fields)
                     stub = type(self).get_stub(self.swarm.p2p, PeerID.from_base58(peer))
-                    await stub.rpc_push(push)
+                    with contextlib.suppress(P2PDaemonError, P2PHandlerError):  # Petals only logs it
+                        await stub.rpc_push(push)
         finally:
             listener.cancel()
             self.queues.pop(session, None)
@@ -2029,21 +2034,29 @@ def tiny(folder) -> SimpleNamespace:
 
 
 @pytest.fixture
-def old_swarm(tiny, initial_peers):
-    """Two original Petals servers, 0:2 and 2:4, and our client."""
-    prefix = PREFIX
-    peers = [
-        TransformerConnectionHandler(tiny.reference, 0, 2),
-        TransformerConnectionHandler(tiny.reference, 2, 4),
-    ]
-    swarms = [peer.announce(initial_peers, prefix) for peer in peers]
-    names = [str(swarm.peer_id) for swarm in swarms]
-    model = pm.AutoDistributedModelForCausalLM.from_pretrained(
-        tiny.path, initial_peers=initial_peers, dht_prefix=prefix, allowed_servers=names, max_retries=0
-    )
-    yield SimpleNamespace(model=model, peers=peers)
+def original(tiny, initial_peers):
+    """Original Petals servers of two blocks: original(first)."""
+    swarms = []
+
+    def start(first: int) -> TransformerConnectionHandler:
+        peer = TransformerConnectionHandler(tiny.reference, first, first + 2)
+        swarms.append(peer.announce(initial_peers, PREFIX))
+        return peer
+
+    yield start
     for swarm in swarms:
         pm.wire().call(swarm.leave(), PATIENCE)
+
+
+@pytest.fixture
+def old_swarm(tiny, initial_peers, original):
+    """Two original Petals servers, 0:2 and 2:4, and our client."""
+    peers = [original(0), original(2)]
+    names = [str(peer.swarm.peer_id) for peer in peers]
+    model = pm.AutoDistributedModelForCausalLM.from_pretrained(
+        tiny.path, initial_peers=initial_peers, dht_prefix=PREFIX, allowed_servers=names, max_retries=0
+    )
+    return SimpleNamespace(model=model, peers=peers)
 
 
 def recorded_requests(name: str, server: str) -> list[ExpertRequest]:
@@ -2162,6 +2175,16 @@ class Stranger:
             self.p2p.call_protobuf_handler(self.peer, f"TransformerConnectionHandler.{rpc}", request, answer)
         )
 
+    def call_by_stream(self, rpc: str, requests: list) -> list[ExpertResponse]:
+        async def exchange() -> list[ExpertResponse]:
+            name = f"TransformerConnectionHandler.{rpc}"
+            answers = await self.p2p.iterate_protobuf_handler(
+                self.peer, name, as_aiter(*requests), ExpertResponse
+            )
+            return [answer async for answer in answers]
+
+        return self.run(exchange())
+
     def stream(self, number: int) -> tuple:
         if number not in self.streams:
             opening = self.p2p.call_binary_stream_handler(
@@ -2185,6 +2208,11 @@ class Stranger:
             return (
                 self.receive(entry.stream) if entry.rpc == "rpc_inference" else self.results.pop(entry.stream)
             )
+        if entry.rpc.endswith("_stream"):
+            self.results[entry.stream] = self.call_by_stream(
+                entry.rpc, [kind.FromString(part) for part in entry.parts]
+            )
+            return None
         if entry.rpc == "rpc_inference":
             return self.send(entry.stream, kind.FromString(entry.bytes))
         answer = ExpertInfo if entry.rpc == "rpc_info" else ExpertResponse
@@ -2233,18 +2261,27 @@ def free_again(*servers: pm.Server) -> None:
 
 CONVERSATIONS = """a_rpc_info b_inference b_inference_minimal b_inference_one_block b_inference_zero_first
     c_inference_prompts_broadcast d_inference_hypo_ids e_forward_chain e_forward_bfloat16
-    e_forward_no_metadata e_forward_prompts_broadcast i_push_by_hand h_error_max_length h_error_unknown_uid
+    e_forward_no_metadata e_forward_prompts_broadcast i_push_by_hand i_push_by_server
+    i_push_by_server_hypo_ids h_error_max_length h_error_unknown_uid
     h_error_bad_metadata h_error_step_too_long h_error_cache_full j_generate""".split()
+
+
+def strangers_to(servers: dict[str, pm.Server | TransformerConnectionHandler]) -> dict[str, Stranger]:
+    return {
+        blocks: Stranger(server_addresses(server), str(server.swarm.peer_id))
+        for blocks, server in servers.items()
+    }
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_our_server_answers_what_petals_server_answered(recorded_servers, name):
     assert sorted(recorded()) == sorted(CONVERSATIONS)
-    strangers = {
-        blocks: Stranger(server_addresses(server), str(server.swarm.peer_id))
-        for blocks, server in recorded_servers.items()
-    }
-    for entry in recorded()[name]:
+    check_answers(recorded_servers, name, recorded()[name])
+
+
+def check_answers(servers: dict[str, pm.Server], name: str, conversation: list[SimpleNamespace]) -> None:
+    strangers = strangers_to(servers)
+    for entry in conversation:
         answer = strangers[entry.server].replay(entry)
         if entry.dir == "request":
             asked = (ExpertUID if entry.rpc == "rpc_info" else ExpertRequest).FromString(entry.bytes)
@@ -2270,10 +2307,193 @@ def test_our_server_answers_what_petals_server_answered(recorded_servers, name):
             }
         elif entry.dir == "response":
             assert not isinstance(answer, Exception), answer
-            same_answer(answer, ExpertResponse.FromString(entry.bytes))
+            theirs = [ExpertResponse.FromString(part) for part in entry.parts or [entry.bytes]]
+            if entry.parts:
+                sizes = [
+                    [[len(tensor.buffer) for tensor in part.tensors] for part in parts]
+                    for parts in (answer, theirs)
+                ]
+                assert sizes[0] == sizes[1]
+                answer, theirs = whole(answer), [whole(theirs)]
+            same_answer(answer, *theirs)
     for stranger in strangers.values():
         stranger.close()  # sessions whose client just leaves end, too
+    free_again(*servers.values())
+
+
+def whole(parts: list[ExpertResponse]) -> ExpertResponse:
+    """An answer that came in parts; a part that continues a tensor has neither dtype nor size."""
+    answer = ExpertResponse(metadata=parts[0].metadata)
+    for tensor in itertools.chain.from_iterable(part.tensors for part in parts):
+        if tensor.dtype:
+            answer.tensors.append(tensor)
+        else:
+            answer.tensors[-1].buffer += tensor.buffer
+    return answer
+
+
+ALL_CONVERSATIONS = sorted(
+    str(path.relative_to(WIRE))
+    for family in ("llama", "bloom")
+    for path in (WIRE / family).glob("?_*.msgpack*")
+    if family == "bloom" or path.name.split(".")[0] not in CONVERSATIONS
+)
+
+
+def conversation(path: Path) -> list[SimpleNamespace]:
+    """A recorded one; successive messages of a call by stream become one entry, the messages in its parts."""
+    packed = path.read_bytes()
+    messages = msgpack.unpackb(gzip.decompress(packed) if path.suffix == ".gz" else packed)
+    entries: list[SimpleNamespace] = []
+    for message in messages:
+        entry = SimpleNamespace(**message, parts=[])
+        if entry.rpc.endswith("_stream"):
+            entry.parts.append(entry.bytes)
+            last = entries[-1] if entries else None
+            if last and (last.dir, last.stream) == (entry.dir, entry.stream):
+                last.parts.append(entry.bytes)
+                continue
+        entries.append(entry)
+    return entries
+
+
+@pytest.fixture(scope="module")
+def bloom_servers(server_of):
+    return {
+        f"{first}:{first + 2}": server_of(
+            WIRE / "tiny-bloom", first, first + 2, dht_prefix="tiny-bloom-petals", attn_cache_tokens=16384
+        )
+        for first in (0, 2)
+    }
+
+
+@pytest.mark.skipif(not ALL_CONVERSATIONS, reason="the whole collection is not beside the checkout")
+@pytest.mark.parametrize("name", ALL_CONVERSATIONS or [""])
+def test_our_server_answers_the_whole_collection(name, request):
+    """Also what is too large to keep in this file: deep prompts, backward passes, streams, 16 bits, Bloom."""
+    servers = request.getfixturevalue("bloom_servers" if name[0] == "b" else "recorded_servers")
+    entries = conversation(WIRE / name)
+    calls_of_8_bits = {
+        entry.stream
+        for entry in entries
+        if entry.dir == "request" and entry.rpc == "rpc_forward"
+        if ExpertRequest.FromString(entry.bytes).tensors[0].compression in EIGHT_BITS
+    }
+    if decodes_8_bits():
+        calls_of_8_bits = set()
+    check_answers(servers, name, [entry for entry in entries if entry.stream not in calls_of_8_bits])
+    if calls_of_8_bits:
+        pytest.skip(f"hivemind decodes no 8 bits under this NumPy: {len(calls_of_8_bits)} calls left out")
+
+
+EIGHT_BITS = (runtime_pb2.QUANTILE_8BIT, runtime_pb2.UNIFORM_8BIT)
+
+
+def decodes_8_bits() -> bool:
+    """hivemind 1.1.12 calls int() on an array of one element, which NumPy 2.4 refuses."""
+    packed = serialize_torch_tensor(torch.randn(2, 6, 32), EIGHT_BITS[0])
+    try:
+        return bool(deserialize_torch_tensor(packed).numel())
+    except TypeError:
+        return False
+
+
+@pytest.fixture
+def watched_pushes(monkeypatch):
+    """The requests of the pushes that our servers send from now on."""
+    calls = spy(monkeypatch, pm, "call")
+    return lambda: [call.args[3] for call in calls if call.args[2] == "rpc_push"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("behind", ["ours", "petals"])
+@pytest.mark.parametrize("name", ["i_push_by_server", "i_push_by_server_hypo_ids"])
+def test_our_server_pushes_what_petals_server_pushed(
+    recorded_servers, original, tiny, watched_pushes, name, behind
+):
+    """The client's part of the recording, said to our server with ours or an original one behind it: the
+    pushes are Petals' field by field, except that they carry the hypo_ids of their step, where Petals' have
+    those of the session's first (a bug)."""
+    servers = dict(recorded_servers)
+    if behind == "petals":
+        servers["2:4"] = original(2)
+
+    def renamed(fields: dict) -> dict:
+        if "next_servers" in fields:
+            name = str(servers["2:4"].swarm.peer_id)
+            fields["next_servers"] = [(name, *place) for _, *place in fields["next_servers"]]
+        return fields
+
+    def message(entry: SimpleNamespace):
+        kind = ExpertRequest if entry.dir == "request" else ExpertResponse
+        message = kind.FromString(entry.bytes)
+        if message.metadata:
+            message.metadata = MSGPackSerializer.dumps(renamed(MSGPackSerializer.loads(message.metadata)))
+        return message
+
+    strangers, own_ids, answers = strangers_to(servers), {}, []
+    said = [entry for entry in recorded()[name] if entry.rpc == "rpc_inference"]
+    for entry, theirs in zip(said, map(message, said), strict=True):
+        if entry.dir == "response":
+            answers.append((strangers[entry.server].receive(entry.stream), theirs))
+            continue
+        strangers[entry.server].send(entry.stream, theirs)
+        if theirs.tensors and entry.server == "0:2":
+            own_ids[MSGPackSerializer.loads(theirs.metadata)["step_id"]] = theirs.tensors[2]
+
+    pushes = [
+        message(entry) for entry in recorded()[name] if entry.rpc == "rpc_push" and entry.dir == "request"
+    ]
+    assert len(pushes) == (1 if name.endswith("hypo_ids") else 2)
+    for ours, theirs in zip(watched_pushes(), pushes, strict=True):
+        assert ours.uid == theirs.uid
+        mine, petals = (MSGPackSerializer.loads(request.metadata) for request in (ours, theirs))
+        assert mine == petals
+        assert {key: type(value) for key, value in mine.items()} == {k: type(v) for k, v in petals.items()}
+        theirs.tensors[2].CopyFrom(own_ids[petals["step_id"]])
+        same_answer(ExpertResponse(tensors=ours.tensors), ExpertResponse(tensors=theirs.tensors))
+
+    if name.endswith("hypo_ids"):  # so the last answer is another one: that of transformers
+        [opening] = [message(e) for e in said if (e.dir, e.server) == ("request", "2:4")][:1]
+        (past, *_), (hidden, _, order) = tensors_of(opening), tensors_of(pushes[0])
+        assert order.tolist() == [1, 0] != tensors_of(opening)[2].tolist()
+        alone = TransformerConnectionHandler(tiny.reference, 2, 4)
+        expected = alone.compute(opening, torch.cat([past[order], hidden], dim=1), None)[:, 3:]
+        ours, petals = answers[-1]
+        assert (expected - tensors_of(petals)[0]).abs().max() > 0.1
+        answers[-1] = ours, ExpertResponse(tensors=[serialize_torch_tensor(expected)])
+    for ours, theirs in answers:
+        same_answer(ours, theirs)
+    for stream, blocks in enumerate(servers):  # the step that came twice got one answer
+        with pytest.raises(asyncio.IncompleteReadError):
+            strangers[blocks].receive(stream)
+        strangers[blocks].close()
     free_again(*recorded_servers.values())
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_ours_and_an_original_server_push_to_each_other(
+    recorded_servers, original, tiny, initial_peers, watched_pushes, monkeypatch, first
+):
+    """One chain of both, our client before it. With beams it carries the steps itself: the original server
+    would push the wrong hypo_ids."""
+    arrived = spy(monkeypatch, pm.ServerSession, "push")
+    theirs, ours = original(first), recorded_servers[f"{2 - first}:{4 - first}"]
+    model = pm.AutoDistributedModelForCausalLM.from_pretrained(
+        tiny.path,
+        initial_peers=initial_peers,
+        dht_prefix=PREFIX,
+        allowed_servers=[str(server.swarm.peer_id) for server in (ours, theirs)],
+        max_retries=0,
+    )
+    ids = torch.randint(1, 64, (2, 7), generator=torch.Generator().manual_seed(4))
+    call = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert model.generate(ids, **call).tolist() == tiny.reference.generate(ids, **call).tolist()
+    assert len(watched_pushes()) == theirs.pushed
+    assert (theirs.pushed if first == 2 else len(arrived)) >= 5
+    call |= dict(num_beams=3)
+    assert model.generate(ids, **call).tolist() == tiny.reference.generate(ids, **call).tolist()
+    free_again(ours)
 
 
 @torch.no_grad()
@@ -4449,474 +4669,535 @@ def test_a_captured_step_is_replayed_for_the_next_one():
 # two servers of a tiny Llama, over loopback. {name: [{rpc, dir, server, stream, bytes or text}, …]}, msgpack,
 # LZMA, base 85.
 RECORDED = """
-T>t<81poj4|NsC0{{U|P{x~}3L+$97M3Do^Ve4j-vM<SQw?R<mUYu3~8;P2MTKdxk*aQx3Y}tj68b)L2K6U@=(^HnI;RZVf3(Rt@kxfQ^1$>~3
-w`*R1t#VtWgzVyUju>WgnM`qsIW*^*u}vNETyM6N&^p=*eKabVamF|hfdDLAHblzV=b`UQv7YpnKCCQHTa)&{QGj6|k8f6AH>|#!hTf~jL~-3K
-le6#tj)m}+MLFOWHB&ndgg=hA+JA*49~u!BJ!7iODTN=y32n>3wmCb`OS)hHMA<O=*#{;ob8iV6J|o0`fLo*jAC%vu9O75*?9THU5qa(@9X5fL
-*PTK94-EbIn|ZTar=dsog6XmG59%yIxAYxOvIy3g!V7!{Z?;cgn<Nqb6J5Idf$h<sZ@dIriHhCY6DEa97PJn*N4(x<FvJ3BJ`*yEk!O9SF)UlV
-0wNt#<m83?FQ$*VIm0#GpO{qCYrxZ)M+ha_gfu&?EuKtivAAI^PN*dA%6AjBr{o5<MJa?%z5@wgB4>G$>kQ_Mk0CE|k5p}24KyXLE2`OB>bi0m
-P|y<*pNbDgoRFz1h#~oocJa6G-1S~t=1s>JG}qNRzgNs!;_F355KLzQSZmr89p+6yr;0PqABP`!<>r4iY>!i6fIxy5U^u~-jr!dW>FaiC1$_a7
-Wv_l*dYFxSxdLFw6ySD&Wz~mkq!hFaQ)B*V$6p!4jCR1OO;xdP*VX8R0*Ck()G&o*L=EkmtXeVi9XxRJZz+nn@n{)TpEGy5mR-fufzcgt^~^Uu
-H@F2K^EEvf2XZiao9fn&$7MAyW!?rVTW{=Z7Vc%8FJZGxBS4&TuJ&5Mb4wB>|EC9*XR0I28-E)E83RUVlQ*`J;nLGD|1~I<&sCg%5>EL2Wx0q8
-`-jrJ$kyWF;0)Y$_#P&$5RFnn!i)X#(j%0j!rMLHARKMzL`c<(WO%{<@ZZO0eAww?lf7pna%;>3YXOhSYTPvt($OhJ`5u`@?!RLJDKcy{wz)=*
-wQKq)$=B4>=SDRgefacL1(0ehzbW42k1IapJOIWMdoKyISPZ<m8yU9LQ>`@^v8t2+-meEnip78O$^(^ZC#YgG8RIV1j?wDueW2T6nNo`L*la#s
-NU<*;hyhH*@p!ha*1Njxlm8Cj=HwP#P*Whi-o0_dklUQkKr2^-X8On%YCl!#NPl!OT~390hK5MhXvCS1!Ja1zP)OP+;1a;+LOe!LAOfzF;W&Yx
-Y_dRzBpL-J=?B1GdPxhB38>&1qb!jDM}^^QKC5CS^uxUZOannCtta-2vJ%hqwNIZAwgQ8m?nrEGHDV_DS`>sWnM}au7l%W{ks#<#r@MR$_9B&H
-T`;LVK01)Zct7f#`pgBt^<H-HF$ji}VwyYQd@pbj0OhxxAqZu;*nbV)17(=#d;C6QoCab%^g|rD<30}^@sm&1<<Uh!+r1t0R#hqsfm61x-VQJk
-i>=k|@|AzUiD8m;SQPb`rL=yGXPfCSVH}f``$BB#Z$5dkI<8_WEf()74SB&sT~Vl0K~_Kto_K_dz>O1exk%7=X4El#EkLx=yV=*pNEVp0#yV`a
-;3|Cs!XRtO$hrbXJOfiSEV~T#3YK<+_R2<{!z=@xXyc|MbEwxopd5kamej9%#0BMmUU7Hv|Nd5Fd8Wkcn{_J`IUNIZ!DTH_u%41>Byrz|sdtWl
-m{t=$U1nm)2^8rcZqX>-p{mZQkyD<57?rm<WccZ@zmyazTY^?9punRVbe&DELK13~3kRX`X(K*7%hJ}&P3Ebp>l0R**aL<JdL%aPEy#{!+ZqFs
-;tT%axAa;>{PVaYjDtX5y^(j-kga;ay0|sl(zgZ;Wx{bMd0|_JHX4DW#wW}Z`$>uX{RCmvl#t54s)%()==}nF{Q=*6pIt?#flE(ZIP1=}cLPF{
-?2}*(QY7`km(<HIMRL$W>2Y;#Y`MJu8{qzfGt|C%&6Weau&{68F~6!1Px`EGAfzwQe!<<jNW?BCjLop2h#52-iadj@5t!=0Y)3iUC7`Ka6;Ri0
-WY012qp+Zc@&<uc`$f0-4jVnygEQdQE&tu0{DK|d_+In?A&!2d9;splemamJ@!HJEBZClhZ07iJc;X<v2ZeFA`UK+K<51F4b4g^l-qKIv$|hbY
-HRB*x^z4rN<B@Z|Yn0t@>OY@j5J&EF+}`zX#Z4$1G}F`Tx2lQqwN!Ir(E~R(T>fI8wqhahj<*yFNCvs>>!jo|3MH_C*fHu~^4?@$%(eU!$DS=k
-096xQqo8jBNY4ptgGUMgpPL1zcw_E;TtLIR7X{{oeB~5~zmNnQI>`0V)ZetY%jq&|$T{B$62Gh3uiVX)aPXk_t_udJ@S^l*;s0I(rWUV2Q=aWR
-6HSVafL5grS5@i~y-qYw-s4CwE#0`-NV=kWF!1<Nv&>46u200XkVUX&gDrDju0;^NNZ>xf*zIS=jb<t-9`hkJ-D^j$c$lat^Kw~!LVKi)+S?m`
-8!8vGlh5`Z{7WP|N9F2ATK43;towPpPw)Mn!NjT)w6A_W0pQxcrnG=hC%Ywy&?&BIatQ^(VM`qQB%O#N+>y{N85}8?%SOSaAoar%+30ha(|N&I
-$;B~Lz)V2jrec<sKYrPR4b@frPpW#iic`bF;q~D*U8;fRzGV{Z)2X`*A#}2ht4ya|%-~R!C;M_a?F(uVgKK;UDPwRq3cW28if-F+yL3MqQ;K0e
-rv4L>y09f2q+6FV^*<~#y-5w~2!PTr{2&R2KBO;Yuu#Yro^TmC%%>~KBiAA1UTd_rZIY59a!aGj((95nV=8o-qg*hr|FfWJU>4=nWa6p~Buziu
-ga-QY+OJMPTrEiX5U?a)>uhEXHR24q#UfWD;ipZ;M9f7ygLE&dnAVTJd=8+d5~OY`zynUY+M`B!SDX>yFnrO1!<I*_fV9CDdlPdVkNM$Sw=6To
-%u2JHXC4^Q8Y6@BT^6bed6kU@IeH?Nyr9+FGxrue4!?zCED8S9Hl>IB<FjNjIKtsY%B#vwEZL3JH=a((^Ih^ox}_F;V_h9Sfj!e{^4$VoJ=WdX
-pH%M%o_#2mPJy$%9=LEFTe?uEEt2MjBY!nhj!t7{>4LaFwow#7c$HbafIfgw60c0UkI%3RF*<NPp;$mseoQ1HR8iL2<|!#3ZG!!QK?G5u2GT=N
-HMG&0z+_ToPeP;Pt)?dNa*&Um<phokfyNeuk#MVRNs>l6g@yq7c;S7JpnAI88$d5jI*Qaw)lY3ET>B-5i0xOG&kD<~=T;mY#?9xSue_a(u$yWS
-$KT!|1scDkS)IeR`2qUWR$Y$93tkg!?m)wLurKCnGJ90kf%<^4zy114!y{xhUNdDqAOy-3R_t2ITfZF0Sk-&a`WC*m`f(Uu5Uv$QL|;Wn-ty~H
-%CkI@k4H8)-B|*RED{nu{OyQ-RUmY<A<Y1Y6m@N|Iw3BN!wim{Q&Vh43viiJvv%1+jxZ`O$MTB1-G?qhCTZe|!wg?hzEBFhpPxO!J>}wNd25Jg
-KvluuiuDUv<rH`7I}%D6Lnq@$0*byaaj*I40$^3vWn|xiMpWh}QBQ?f2bFO-U51+6Q45slx%VIP>SMVJzL|-j8neMWMnuox5^UfL{JN>r$Mq#L
-B2@)L4k%gillshjS|-^i0qB4M0ChVL-YF!I_TI`Hjk0{ZcqvRH*8njZ(!yQ>K@m;npSte}mPIpy6I~soX`WO`O(1x%#f62XvQRNqca&c>CY=1a
-)#UtXC!Y5L!cRXyk1$)~*&cP~)!OkigGU_>Db}ce(t#4Kz7ZD|12yy9dF<;f8P5K{R#9QT@5nJIP^83h1S})7!EKN3q`(1s)%%I9&A0K;@(#()
-@=d}dge-B+&<8!*+!N|!avZ7VCs>#iDh}n@<H8Mn1VAf(6=Si0vA@TS>C!4_(<bs2&J-{Oz{fj8z^2<3`*Wk&9f)nH(!)$3iqV5@p|8OSDB+=E
-+M?O(JA_`gTVA#gB$EmO1tfm1Wav~HzOtr2wxJ2vQCbF5EJ&XGR<mB@Z7fIl3ZdUZ6MSjpx+e2d35`N0yE6(klrI865-1WKhe<w5+^x83C4_){
-=tMfj11}QZQw6oIZzuM%ilz~y*IC(NQ!6>}*EP%&Lu!TkP%}EH;Xd!=km`iIP9qpz1o;Q}4}9Ij&FQiSZskgl&^VW-8Ho5Wa-!{xxc5GIJiDZr
-QX2@BmvlD%F}_|U=Q*rAFLwinrXguxG~cX-01uwIQM~QwNHlW(KLN;<@y;q?Nk!WG)a|q)7CnEktx|(&lbY0zrGBF%MWr!o8sHazai<f}6|q{j
-A-akVRI0jo&OA4r!29}-w;-YdbF~d3tbXF|#v(T-3V?#G^&W7K45r`ZUrk0R%5$?{u0W%upHbFg@M1-MWWI9+K3%{JapfD+z8~1h0*S?R;uZU}
-rD&|KPi*Xxx$Q!myDlQq<i9Iv8d!f!Km5duev_Hl1e3_}<h)$}SYzw1ABXaq2ptCqM-!fN3_rx*JwTBW@fR5y@#bC^<P{Whs(Xm|cn6b<<PX6p
-i~Zb27Q!l%0Ec|I%xp&X=RCbvs~V*JS8ZS`XU#(CcF*9QBz}K|Tj;9YzB?)X)6fPgJAr0__2t%LwVK3dA+zi44l`Qr0Whm{M{KFAn8tq|71lT@
-H@{yg^wcNX!bmgbowe>Qpeg60E9C<Q4hvhQH|T6RuFX!C8E*xjB98GlhN&1$I_gqne1EQU&o5oX_=)WHA+_KWvYEar-m<KCGVwn&7>!<|392$N
-R;||)jvzN0!7kjjxom_+Pnox&uzk8u@Tn;o5gG83`#E_qu*LURRJ*a6F#CU<hJ<GAg9AdD32axj@zFg|9UKO~2%$%55*S5SjP(GnQ{4W#7!~6#
-ZstjZ^P>gc7VJKjfb+>S(fHw2<3L4bYVH?AZeFf3o&!FbES<l);*~wi#Z1*`_#nMee73(m?`#Q`g%ceZ)l4E}llIUXTs_k@s~xL-vk1Eky4f?d
-0AnqMQrl6IgYw=D1Hhp(i|8U3_r&f-w_s^Gtm%9Gy#m!hKI4PMLhgT_pv?F*{Mxz4mg<8J_YUNY@n3Nvt7t@Q5~c2$JmH&Y4bd%rR}7*uf&7Rx
-V~&H4#>uGB`j$nVIEI!EIL=HCy;-%%@><XHqgV*|$7FG3gn>BAxXk(%OY}UsmF>RrZ}H_t^q)K>qxH0k!NtD6zGS!#zwC6ZjVJ@8_Tpy0R7crC
-v{zMfgXvtGnY)E@6ekB-vl(u^%=>V{*u%#C;)yUu`j72S5hLRWJj8@kBCUx4Tqbw=)MdYWP#7j2vC$9ddoX*^J?0NQ;+15O61<_emX^eKFQq9H
-fY%@fc|JEeY_r1zHcr2H3Ho?55!W%V;eObsqBu$B1uZ)aJQCy}5R>kr<)?Epn`_J)Dh6<WD(JZJI@pTgO%+OCc!;$0l~y24zr+;+*0KTu?*vnT
-2iB*@BM1x1*2ZQsB7<QM_xqY-O@p80qg9<M%EHGT`EvqUHmCf+Fg+y9M?XNTwhn1#BKk+&-lyb-27SjBlSVlbfC1>BY_R@onY&-3@i+wEJ~3Y~
-joj}?=ky9r5J<QFT;lK#H*NI@^Ymt3(9-`aTDz!y+exTEaynKN8OMkgWRqzJ?yyddlQnBwP12J%1dU#i_&-PkU8Jp}Rhc}A>F=S?E#3%qnX7ky
->qAzSz*W`ZD9W+XXra++ii%)0Ix#bEsV+Fs_J>6l52YS7d(41*Y~uCAQi?G?-f_W*iB`he0DDpD@UNuFjBDsY&h{ZnO<7TfHm8*^Q**?TAQ#bA
-hs+zhz{c(k9HsgBp+8Fic$ZT2<1=K!ghbGZUW~jjv;pGet`VMj?C^WHco28WUb1?8Khbx6{FQzj{?fsDwljX>!-_9G=#l=)37Qa>@Z-a3>S{Q<
-5L=%RMJjL#1XL(UW+j~t8-?3vNbTYc=x)D5X~-2x4W3CvyhuNt<Bu;VRW#vo^}5o*P{)$$UQvaI6Jx>mY&q;Xb(qzla<7+L*;2CSb|IheZ2M=`
-AIZbI26q;z$y6Y*MmZ^U4^U~qp30kQiMQ-*H(q~bRQhk_B@H0%&L{#X<nw%mZb%l2t`t+vjwm?HMw!hpSOH1#?b+vvOTLP;yhZ|v70U=g5^#yl
-eQzS`k_@VQQnPf~tnh)R?T(ze5zP(q2-Gd<dWZKrf(`5mJTi}zT^RNaymVlpu-zkfg^H7Q+<~WyW?l;<C%Q$_9wQ49k7wZxdmzi`j6z^!Pm%Z;
-Iw?kfZ<fL%Ly##c25gTn_mxQh-(o9Z&o;ZUfgEX=lAQue4cVTcRPboBmO14Ofl2?S%eLak)D=M@@bZ<shZFHpJ7q!olOzTGwIXk~xB*UT6GOx3
-eGK0qzb*baP1&WcKHJX(d&8}1^nJ?uOVc9=!gx<q-ZWj9W~Cbsvpj_$7-HcFU$b@3XZzc2u-A}t-8ur#(iBC-q>HRp%ZAvo8@Bxcd``fEP6^%K
-M!Mz-S#Fygq#O&{kf}lA0W$D@uu=NH#!wyO#W6CyA?CyHyrFqetqV!~3>b)980J7>9YZ@0t{0T|+ASc41OZJ&o286Af|t-L4;JB1JZu;OZ^Mlf
-#6X1u%@ZqITK29drFU#6%K1~Ci2rx@vXyFF)QRePHPG!$`t4p2jPvs9)Z({13gTU=086lJ&T^`O^}uzkV8F)>21N+rfwF%*Y0%BD@$Oe{tacO`
-tM)|)7_;gt0{X}}q}8(eeQGdn<?rrjShkn)@`2+={FcMwxDUNX-0#mj5YNtmlsJ1mSY`iVtFl4``WeC>SpQ7N8fcrV^)DG(<>d2-EcGv`h$n|h
-uo`<Z$jYJC9u1qT_9I!%D+qEb{0fr8hOdOm;uI8FdPK5LozMg8KoxAT@$p3XTqX__{C|$~Ung9Tm|Cw>MELr?t9*y&$R;wa_yI5Cn4_f~RWVff
-_ASA+V20}F1Y0Q`9os}!*aJkII0df_P$~D!*`F}SP<F`Xib2Uq?LZr!<A#Jb2DaT_$`iV+e{%gVe$sH`C1uN&{1g<&U@qgRE#fvCOXs3rSd=$j
-`+P3m4@=z#Gr&oJRq2-H=e8|!gd{wLSJle-Kdd-2L3R32*<LI$@?)HJVU~VT$G@Hjj!4neMO1Xxl@u0z8)Xa@Vi0qk-8R4=W6B2>^=w!0#8UBA
-@qBCsShtC4NRJnSUB3%eF>|WeZkxDS;`oe1{n?RG=FMhy&<t@JCOcy)C=g?F8Urh^{I-tqkmy>499mKZj;}Vp<kUY}ZX83%m_r6e`38a4ThlXq
-EY0=~q>Zj>pq6THGlFTlCkmF7BV+j)!OI0H8_cgcSP#1V^x6zixVN>O|H+yAu#Y9U{Bqh-8skMDcB&&!utz$^;Q*~FzRFHJtntwY23QAEm|ri1
-(}f{`I8RX`>({E~?lqpAHsys|EpFgv!WEUX+KpoAC_NuA8M$nd$1M@8$gG6CxWC#GZPPLTJ1tnCvdMV6FXHWmN|Z&~U^yP=F-y4Z>jC&`<lPd0
-ZvKAAHW)#&6#>dXkDASicKG=b!J%Pv*uJwDYJGZ>7Bjz8P~OjS&Rv4Xbt+O@D7UAr8Mv70L62O3#xtEw;6km)<|T4og|X4<do&DlEfj5eOEmdH
-*fLKz*yybvQwp+89C}qjXR%KAugGOq)N^GW25n8ZCz@ecZ^P?28RLio#sdlR1Ga!Yq$#$1P239az9$n${Ez1y&z>kE+_aT8_H*eCAP(&E;4UPu
-kQPt%9^b@wM73Jn3n2Rv8@UIP4fie7_78QMNWD4X$1c2YKW1tmF9-?lVIT|>uo%wut|~IBIM#G{R-qi`IREC9?AqhLERw5jTMmXeC=2dT52Ty;
-;XE9Q^;NO=qRVd8TkWQ@$(?k?Lt0CNrI=}P(b_sJjl`k9&s6TR(@cSdTnzZ&JTRX4(9rHp(gPk41mGFx_zJ3O9Y~0dH5uWRHEj`rk7j1JYXxzH
-jNd)9^p&%so{KaC8|p<ZsA**uGj0#P*fHDV_IQO!qE4oE0TaqR=^`2wImQXHsjJ9_Sj5Ezd7JRV<UBI=Em78i^z=ySeX1Ty*dVy;(M+gflruwe
-cMsNLOX{u6#p!+<auxO_t7nA(*o9;@U(Ch*dbf2r&5}(jiXSpfJQvBK37!7~`VBomEz5K0>|A+=@|S!;h1M#!9>m(GqHD&f1t~ab*D=Yw<hy@x
-Vd4QPHoV0VPTencx9&>@qvywJX_5q^#v)8#SrTb)AWfxGVRzvZooF`8Di00P0x$(0!R0?XkUa=pJ0XVl7SgA8kI*U2v;(h$x4Ut}-a($%I);&1
-xKLOF^@(TdT+gb)6vc}p3r{^Vup%FEcT~Wltbe|WMAOOgsVqN~zpAGmK%Z?V??Z{_Ns;VT7m$VO>WF!!Uw{9;_RO#Vd8sc-rko)eo<K*IhnhW~
-cE-OI;UzNWUS3V}qCzdh<^~KNUeGQTZk<WpowQDqQE9t`nmS!q&hU7YhQkDZs0y1l><jvmHB~s~WSGK(cSHrcAdK1Mh=~>fPu=I^t!t0o$90U}
-^oOt5iCiB%0abN@fLpTBmMMm+dubV%BO5uHrT0X+i{VkZ@ueuP(NKz30}hbZQ>22|5LbE{?THECsR3}EUnC(o0FtlT2!3oJx9T8T!T(jJT`P#U
-%YY^wxCf50zk(E3nBB1?(@zX;4Fv{(O4=MgV5F1Po7K#|MXBeart-4_uT5E*>(B^4MN76RMUz!dbQ_*dTWV@IZxJK#YJ^0pqtav~d}Fh3ylNiZ
-+LE;-IGwS_fzSKVGt#(2J{q0cuXYLH4#wHY*xQbw4Jtx@%wi>lB154`@@Q7)bm2an>AY1j8xbqvBxs{2_q^>dE83}*IR0l$0h%b@R@K)i9g8?i
-GJ4uXAv$<jo5j)8H*ki~8=$*TvxJqqxri~o1?{F|ZA9yhbGFBSb2Q)N<+tzzC_L8dwggoKd#+bdab@0G&1BWGdA5Hb6?cFESNp;GPS3;gb%Ot-
-9pV1z$Q_#Zrt`kd7(|<A2l88ofM&C~{S8Z9mO`PV?wLcB_(LutqPaQL5Z~z_=nw6H%3cV{Bd@>nu1Ef3?26eI+X_`JDT;j_1}*Pl2N*{3is>D&
-30H~rcN4LoVaE+?CFubu%-tfwp1mlH<-U#1)}bDq0Ivy`jlrx1JmthBdUGNaK1A2=5K@ith6uH1(n`2P?%OS5_rJDVqe%(B^!C1OknJ)?hzXd}
-`P(?2`}f7JymH}qb7tg@k}#6+@nC}K0~||3HU7o!Eh-pOO%IV$L&45sOB^+ZO`wv-0l>LI=x#mFJ$XwECl4#heVb=C(~QbW%Z(EUo@?(MY=LlU
-*T649gf`oKV<9$8ZPL)K(qNex^1^kjW;Gin3Y5|C^4#F`ZO|RuL|T1r6=45Knr^RK%`>g1lisV@Pk;+-UM`%j@kjlkMF4J;XU9p{S%p1YR7Fsc
-=qMiAIPY{S07j@GRc6<s6*umO`KSXGtIQlM#yzHK%IrU!h<B8G@><T`53YdW7V(>r3DHK5*d~lzxbThpG8v9$<Qi-PC2ttb*-*WJ<IpRL0s-|Z
-yK5&l{0siOD&1z3qtQ`m%hy}I5leG6T3}B9wcbn7<7uC+5{*Q>_uA^qBP0Faa<}gJR>CKej3uJALgelD&D}W?!trP*N}>Njtwuz2leyVIyy-3(
-_W>d&5`4}=_*7J$7#1H&IbOL{4*33R{)XxZCGyn8oKW@*+uXWb$0C7yTd&p~fITx-dsdvNkT1E9qE~=^5Rbdp2)&&P@d}qtSQV;iiFcQ^hmA}+
-%DUNu*pc#PxmXC|^;23~zDN<#nfd@sbT}EYZeqvUb*rcVckIR86|VAT*$Vvc7buw5{d&2Yc$g~=?RY=HEG_m&2-}n<1sCQ)((mv%g~`uJ9D8I6
-g)1X^&U&$^g-aDNMs+>Y`2z;+!2a!Dz@20RQDib$gg4U@eaw~?WU)nJlhQLr$bMCGKdLIKjD|Lo%O>D_5dq9|$P2<4$nT<NSzI^lC>kx-vAKo&
-9q-1eR9Md3-TgCybU5rf4_2n{5$fRph~+>sl(!AjMQMF&!o4gQAzmmp7Qh@1_5<sm_jPw=wsT9NI^GP+1k{YH{?<fYMaFQo(|;lsqm-?khcY{m
-Kjyvfb=WiC)J4VzuG9A+p?cw@Y{Ii}=7iO(PYi8XFIfS;8fU6jv|Mc|63#s#WWp0mqfE!_PMXBjpb!F@xgh4tp?Gp<%R(%a=@*p9JH`+Y8Y%fO
->eFNrIqqk6!}j+GFc#w$-Emv>r@9B&e_N(-++7iPR`JJ*>V=T@z$zU7B@ZOAU!KASUlu)b+7G;S!$YY-CTjRyY`7DNbHR(y`Qg}c3zM{)qyaDG
-?Kqy$LqKm})o%kcxO%*7pCV<1){f#U$M7jbS$h^yY4^v(Ox2h>?<n8uK3X0Ec?1b-{y<M3dpx(@;kURC@I;Bc$WU7n!|n+nvP8!=Fk_I~Wydm%
-G9HA}k|(3Vx>*Fvji0#J{jZbX$cKF=s%iz4jYaI>Rtu3-b)W^AVhR3GK19ekf4i<L_e0|QuB^D7)|Q4O9f0jFex2wFaF-tVT`&7HJPxxHI>fwr
-I~0IC5&(x4M9}0Ur$`TdwgB3ErI8^T29&%=NwtjFHEE6KS<TXQXv929K_Ggh?!6Xg%2lykx|I@V<Z{zLbV%Xle6<w$O@Z5QHi41+hEdz{eWdsU
-Uw;^p;<rqiSriA5l{)soDB!DC#bt;Regxjwp<-)Jj`OJu(~fYG&Of$X16tSfUMwwuihxj2uc*g>O-h`{RAgbMAOumFGV;&_C9V43uM3C#7(Ns$
-CrEUDO~g6FT$CWacs08ih;TeT%_(+Gwam+aNKX_yGjPnpbsty0MA<?|R`id8F83c~?0)y$(qrhc$MC2P#cZ;6-B6ffBEE%|<BWmByX&D`e7G!L
-+bvK0c2BlPRJ9=ZEnN>x5u)aO{tDE3%=@|R`?UQoV(4}7w!qeVJx~FpK_XT$%D4hfz3zwBLT^O=DnA14NN%LY)hs-;?+9vIA&++l4>)1UE3;mf
-IuF3v?-$(8sfUc=fKWMds=d-iZW4N4b5jO~Tnd|(5Q`Lin)rIU6nnIA%1kM+N=Gs>9WOtI;4_h|KP;68*$o1AN5?}Mu;g+}1lW;>V{88ZB;<lO
-OO$(N8XGUXTjN~x)GRk%cW2Mx(ba`|0lr8kOjoX47c-v2PFD`aC6Yh2{$fqpRFqBRU|{iC&8H#5!8TR-7<J=c&JJ%$qY}4`^q?_gXJBd-3aw==
-5V9ty^scO8iCklhWN@?*@Omc+*IRUio~7@Paw=oS7dWe}hVH(X_9zK@$GqTa=A`>;VZbS5Z$3w=A8y|{X$T1N<M2a2q=yg*KJqI(ZTKV!hixJw
-<#ero{AnY@pzAqoAmadDNO#$@l2MBG8V;FY9OOQ*Ondi?j?`DOj9X4Y{^pNHZIP>BfCwCK5MUyk;F_BC@bSqd>!v;KJ5%H5U$3=>vQMwN6$x*N
-V4-el&$|LAE)@Kv>-$=1Qvz`4^!qk@xt!=vc?m1c+>({KPI`HMv8CDt;~Vf-_Jcwo^~7VzAL)^9JXaH!$-VpfH-ASYIimUVA%oaJ4C5G=HS=<R
-MfR{<U9LRs0xLD%2G%i^M{LqLFbKz=BYwpO^~UD2wh;#yLy*x%W0@mOTGPLu3h>@<(^mEbpUMc-yctZ5cx&_C@bAP=R?kadM<B&<d~M>}I3qVh
-gscyV3L$<zT18L01)Z~ezjAe;6j6<1>g}%83z$l3XsHPHW;TJ_Z@Qabs%srqg_5k&P!$1w?aEejaxZ71I?8nPhJa#t?tXMI<qyMdb>8gsZU!$9
-Fdr%U?9eDZBPl?Gz9YQH8L`YJ@l7Da3a^o{Z&p@QU^1~i8(ObOr2<g&g7nf-S&q+lE=cpl6;7NwV>Zky5~=W;vxD`#6_QpbPxd;rJXoIm?Q3@L
-iOR{XTR_p+pCf^Z7(F4>%p&+=j+;~4!s9}(mYsG!9o5hkwYp~}%Aodwf`>zu>Duz~5JstOI%qj1)k2*Hwycc}PI{xJ>Ikpf#5arG*KYT8eaM&!
-5^AfK1n&OlGu}cRl1w$Y5+5Q`0?S84Ntu0uL-xZiPiU1+1G&S+J3MXDh5z8SQrSM2jO_c1^Y2ttthr@$%ekVCuUK@460>PK0U+E%AZ;?gm#8=Y
-&64C&qivAp^;89X7UMQ6N>!RG7=ilk4~sE4Q1GrzZq-=5flrjB6bQZux)^}#lt~sxl|+9Kxv3=<Zm>G<w=jo}?LRnGEhQw_*r!6;7z&N>&45CG
-Fs@%<4G9Eu`hq7j&+i4QypwK*&pzgCc@}gEVO$!FAr`LIPfp%&(VVf%)?Q=9r2v-JjAsXMy;B9J<MMMTVmiR8%D*Y(ro*lgWwdf6;jDBR=Da>E
-Cy0gR0!+54`6XX`I{9uYR*70&-u1gQ%AFxgWd^x+F@*6D;+mfUfyv)nRt7sYDo=Su7Y?rEb~&gk2MQb6)#n(t&(;u&^m(oLJ9|L2;w;hI_>H*}
-s|Y^d1O4cMcIIlqB^S{q(~^OaO71JEwX>Zzqh3f2Ly<52S@mMaCea)FUPOFFVJ=Fz2ib$8N^b73r+cQ~BFew8zDTfi&DnT$8Fg|NC)QPU_3EpZ
-k9DCLI=T_#o8Zes7i-_*-8Z`ne!$g;#?aeuE=;?n5z3^tUGnMBonD=wPj*$)M+;|!Q#g_d3CpL+<VqM`)WDNQ4a23oeei`pO<HDa@usp@6DS%1
-YHc-=)>*0bl6@$sUq9q)VsMOBfu_^bV_gnr--T|l@DM(m)5=l_$thw7?v{C_r0k@ocm?R7)a3zI6xu+gASMglVBjklm*#kf1FPtUVdDjtrN9=C
-Mmo8=b-+!#tU5W*&}1yq`Fk39+v1YY>v>z0_y}{E=(5;$XE&6-GQ;ECcQ}ucNP(jwBTfDOjGZ~>qGco1WDcKkC{|rmW*|7;jVe#!CVf<sKk2q+
-E6dCz_!r4ApmcC@(c4uf@Lev2<&pdl5I<OMM|Qfl)b~mxxfT`<JbwR@_w$?&(_&E;TlF@o0w1*N(moL)YH>5ZM*~^Q)=d9>^V?ZQe7!>z-Z&x(
-xRwX=?(~TE!^~APQgV;qucF_|+77jZk299DwY9+F;5|j|vs`rMHTTz!BxY@`#LNbK<oPj8w1YSh#85FkYeb3NC=xHR4DnhE0qFuV4>ZZ9W%&2#
-g|JN5ND?KG`L|AviL4Lp3G<{+t_4aAMf82oRU2SX`|LliIZ~u(`yc{CODPK}aG<=QOSJi?)JCuet=>r>sSqUw7#`?f6Nc1S%`3<;(x?}g@Q`S^
-3GVaNZIQtymTqCh{O=ighsXKsiI7q(mklyZ3|nq2)lZ(t+aM){812;wWtW=E@1BUwDZr_T;s5}UHU#i-R}M5Eq1axoY8y?)|1&Uyjpd>@g2$`H
-UK=ZLfux-S4wXYP$z;}6@w0?W?H0Ow4`+z1UYGpEh|avi2a^1SO(lJ-`_I~=Q<7ao!z+vDR(`%2=-K{fpSB-RDMmvMdp~+*3?cgLc22%Ou*RL@
-d~1uS^EY`-)H|DI9=}W6M~b2XT0&@Qwgy4;i9iM9Vf}m~oA-D+!d@?bYv<Nykl10K!P{IQ+uh4Z1m&9krLL$Z><;CX7oE4KBhg2~NN1CRg8NT6
-1+j&AC766XT<Ty$EPsbxWT(X&bVOp5dcB27ETbJi8pjnvjOoBsj>xQJa}5A;-=MZxoqwd_ll~2^eCJ6PB<^=u|Jg>2-A+dP1Zm>|-FYnS$u!f9
-Y^+?-Y*s-bGLLRX31rfTFc^AVZULCPz2PL+E_)ib1W|}a?HLmtRFM=P4+8%2ZsRp&h3PB%>w<NnwXi&NN#1u}>_?a+lRqw)BR|nQzqR4zzznEe
-HAAN2LCBRY$yikfaRLjFBVT9+;bXDzj5=7rN*YWJBpGk+>SILU|2PVG;ns{jC&`9*>v-a71N5S)3jii2c>O~hhbsC5&LSH;`ecG`>~pHMCMGB@
-Rp?Kf*UC}U)t7Qt9<!jNSnz%|o7vUG9?8Vh2PP#{W-Fw}+1m^{C=^s>WF!=9{E$0`eK<+B*|=w(vOG}~2Ws9N<C|wtmhpqT14xlFf$j|xQC}*<
-Ru)zb-zM;Wz)Gbf(#2J&rk_({SE(Y|3wcY#KyT>PCE6^aG+XGX^!`@GKn@A4>?bR%t^|Gss}v$NV*Pps8eo&IHQ~q7lEZJl8+CN$T!{MrQ1Pt1
-$K@F7&6|xJL6y*S3Jw@{8(`hlDzhzJ?#g?0!&u9n>SzAnDVUnaGCKyd%C#;<aw3nv3H6Q|`k$q>S!@l7wpAaeQIMDG_t&J>X!aYvi!*Yt*+^s5
-)6abh2(&az#cZK_i%$gU#>Kkq>zu<=xtb1uo%aZ1q%ubWZYB7yV`L1PBVRYJ-m72qX^1j6zT$cj%FOq3k+M?Eh}FU~ils8swtELV9R|{1LU`s#
-Uz_mqEK<rghHn;V48U)8?dlGLpMXaMsDGHUNvyrCbDDaA3*VZ|cBPFn_VJv4uKHu^)nZBLl04~Ks)<#lQqHBwV#6TEIj^(4P~0Ee+BR5C&mW$3
-vj#7$B6TdW<^(E6mG?7mFEE4nHh8fM$h?!NVY0f)y7~lo<<1Su^Z<3eleM7RC*K!ZH6oE?f){d{kg@`P`_+nqoJtsjRnB0qH4=U!8f8OzwVTDz
-lRu+63E0an>zXYq8UlSZokQiWKP}q4G~U_JRRdxHsMXhR;*%}&|8J)31ZbLy7RN(NUPctevF`1@I4BhC&^3|~JF<I_r^>VX)N`H=AbuJ_-wABQ
-UK}gFsZy+igrKfTJ(-%giv64qy6)$uKK`x0n6uZ4)LL-mK7GWxUkOGT_h{pgtXYlU5zV#hP&mkO8i<i9i{pQZ$M>}&yM0x8@+iiUmA}jgG>D|i
-LVLTl%94QXz^_KxXR>4^e;DJ=fV>7{zNGG|8Q2c~`vr)zsB;SZl&hf@j(i|oNis+q?n#1Gj;$C>cB-c`NkrMu)8t7d?5Gpx!;No=VPRaAYZgJL
-)^tjFX%xf@o-Zagx&IZYmGFjRtE*cMs_`Mi@_)nsI$w5gFY9lP9lXvd&t&i6vW78akucGOR2BaBR20EJTC8lZjBRf{aRk||fDck3P)X$v#J-#6
-=(;pawx<G!k;}-eo=U>@OuDSiD+XjSS7!s|t!rcZ(5wlF_q5Hh?5yyJjGenvy96zb5Vtv4c{d&{cXO^@=#v|vqMS-q<;%GpqzDp_ev@fECpNKL
-@7T|Pu0gGjuF?k|lmGA4#g8>$E&R`w_{=Qw$>$EQ@~<)ze<I+ezgiGiIr~S`*~#<O0Y-PgcP6k6nID2D-;T1ZEPUJjPX<k8Yo&5$(@h+qXkIOp
-eEe3$@aphz$^3Ao=0cUNk)@Joj}mS056-EZ8&uXRXOb0vZMOHIEtS#|KWgPSz3&6=h6O|QX_X^yT&G2OBjG<`S<!Uv&<KHe+fz5C=*+Ffmkj|1
-G8Cg%0<AitX-;4j!32qwb17ajon=_xo{$Z9NxW~`AQ`xC>}71_SEOnqGAgOdcI>)AueXh0G89yxUD;P635ic(-_AGtE6f`3CtRKysyx0@1`B@=
-!XBebI=R*$FfXF+WmKN}2a;B`p~Vmef2}s^{}bZ3uogJ@#Lb_1_D%NJ#Ib`99p`pl2acG_r5CBr45p&*LP@1w#ClYoh~3#5LPwR~APBEiiZ(;B
-Xc7hm)fz8C5zes5o!Xd%xQF^kRbwpyi?on^nI;4*0*s67q|~|B?|3W<-#$F_9S`g}j|@6NgH;W+@?y6R0udT5-00-*m}3#clzjWNhAuQK;Ml!?
-YghwA9;7Nbl&Q>w9^<#ORg%LiMA6GT>FpErUvI?o$xJ@`S~PoQjxW1V>|KZw4=<osuEM9>NW|uzm(b(?HwDwue6>yBf+aHps=c?!Y7&DX$o@<}
-Kod;pe02LF)noEt?yJ<qdv?06U4*MV@pGM&yQTj>!k$c!aNsov4sKq^QpL6v?rT!Wr$^@fsQkWg@M2_8lm;68(;%>nS6b`6p>awqGSq-W^_?!*
-F8V%Ywv_#G+MolG9*E#w)T6fCXy-a0Bs&&*ed0J>n9F2Z;T{kTmoS$2I-{U!6tH(NWek=w1rW)Su0fP0%1@h2AZ)^|>HB_uWFSUxL9wr3zNcC_
-O8Z)F`<Ks!c%B3pnfqc|lUoG!Id2$4F_(&~i9!3|orQlMlIP)&A=VQdP7P9$9Hly&Z%NBdpD&`9_Gmf5_FTEVS)W#?;i72mP$w(P%8dt<CV&Vn
-a8*=YsieMgFrWyGT5}~LoNCdNZM5I8bCGdu+HgtOPZE77zVN#N3|7je4w7Fy-(&>^{$x-s`>Kb=Jr72@4k!-|@nQO_)5$gVvR}8ANmhE-3x}2K
-l!yN9$)%ZSmH0**#b2pw;XNT)g*r_O0vh0p!+i}~eOW}!Mq;sibv5#e$)S}MZ*sBn^pA0eCIG@nc44Ixopupyk4%by1#;#`XV`J$Z;)}CQftIe
-;Y~RekY%+1uXhX>CDmv-IwTghptf>jGNZwux1M{ibt&HhGBa`Ifj=cccRfG2F%zaQl}R~{O`O)na&a^DJ=F2oYg40?NpcUpDz~(&E8cn!w|D_U
-tAcN?=nOUuk|xNIV)9uIy`Q8wHVuk$atj*><oz!7P3wS|I~XXzFof{4j9YZgLl>Px7_!xvNo`6gLsrHdxzTC*<EK0+xJ-<oGhP=PvwRvZ2&7r|
-jJ{*h+qMm?0gT|+TRp99)%5eBP=7{b!)|-MyrJJ?zl4e<(3+<qZ!Y2}zgZ%pe-7|tZxpp_v**%7Wg*PKav+e?1j}vY+&&iZQTAw>yBl{Q4(X|O
-?%tiG37{5?9EGe{icN&>8u-BQ=gi^}?=He==NPy<jEtquolSK7+eQ>-z^oM)XOcCV0M=So2A)EKD-a+~_<9^a!_+3?ogg_nuCZt-NZv6N)e?s2
-5^spTR9RWjV4Xo?0%d1!mgBKFn-S(hV+>w*BC*9L$4m5Bz{HUAQAvkv>M=G1vEavH`0M5g8?xS87`pPqJy|OBvh%_yc?b0?eSE5iKv?Tq8n?<e
-;;AO29MZM4H@=`-C&`*$M4P2RXJ3?9NvZ}!JQaU#2{Mx?7FE3MTDb9)q7Ku=pE2*CMn<<J5Y3Ve4ia#VtMA|GJ7anJe*wbX!tvibT5L4nLOA3o
-Ig|-!&0n&w7UYMrVj=-qq!dl+w%qS8=w!s?I}wKMp<}SP%OLd2sHMBr;~M+EsH3Zz&SodiKOmDwx^Odq>Bh}M)JMhM<KE&KiAu||Tlq$Gjb=5f
-FL3WE9Ul-B!&C+YCQFlK6H50~X)i0s4aWvZToQ0A5DfWgzCE_O6}Q$vr_W_}X3dgo<>d%c`P54RMucJd1Q<VVUDZ|WP}z#fZx1+dA+Hdj*$by5
-o7eK&R}7G@4H5I#cLWhiLE^KE%Y@$XX)z>-sk0$7iFkJv0dmQKVt!>?U1v)Rb>~xhQ{#<WjK4g<h@R;@9hh@4Cd;d0%zmUM#5W1tBQd=u<&~gT
-=1dx_i^kP_5hsy9sUO97ooov-5?xKMe2ztTt|TM&Qx$naR*Ohdl4BUgQUfN6tS~bTM7Dwv*Oa;#*^xxcD}64)yCEZsc)1z>`%23t-soymbYum)
-y*jv;F-CXVL%zwhB4|6*@9f3(?{gEn^G8V-!xgWPIbOZa3sc%ss+uP?s6UkSc`|m9MLh&S-z@Nc`}3M~0&#0oXaw1>VGkSAaKnC*>ToWGn#QB#
-8~cUHs`>^e3H1czsQEM%%=U5I_I*~%a|uF0y832IbnFE%*6-$>(*@l7;t61=TzBL^&?2pX$L0VhbwGhc$`KhXc3BlsEsB}XXOtMVv13AkF@Ha6
-qQyxc&~+s$DwZ#*c?kR{MIpYEl@~2*J-PsN^ba%XZ*|c_H(lqc;k&Py0dW_OD8q<w1GPYQ#K@P$8<`NmmC*Sg{!!NjIfxU+dyb-ZY`}MLMW@Mj
-@~LNSLqSye|AsGqhf;a3gv`jugfL0(vOk)(u+LiP>>FPQX2{x&mmjaZpz#<gQWmW^Y34>^5JTjDNzmp-KjHZ>NF030koN!Pgj3gRxON*Pa$$iu
-V-84^X)8wOjb0LR*-7BrNnMq7cbimlj<7PLO2Os{_Eens^rvs(NMNIFLm+JQ1cd}*UPvGaHK3VU<OW`Yx5&Omr$WHWKq64MZv#Jr=sh8sl8i1c
-%GL{4Fk_`zb2Ul>(o4+cQ_EB6$FIYqgd^D-*8}XcxkwO-0KF{)D@)WGwS0m>PaaAvF;5d+Z0hPK+K@Ac?aM*-!Dm+~6b)|>EZhCiL<+trK*zFC
-4Qo@<??&i9JPIaHe~amb?nO}3s>h9#GEB8r0g$-x4P07Ue^FUlD?zqrt96RXby-$bt3ny}rU#=;qx@nQ!@p9g%*yNET=W#}IYmYHpk??)pQH3Z
-^<>Jn3SN}pR<Z6y630^Nt=O%%IyjI-23I$4#)87_+6Mj1gh&?!j1jZ<64Z)CXj&^X-0=BaZm$;MYwK65b!(%B<#!R1;!7$in8Ci#q(Ahp^TP?J
-(HcH;^`+6YMbDoHU4EKMnp5qE&t=4A0NlieL!W{P0;)wvoS|>GbBG$y6R~u&!6M8-0unm(-b*)j&$U+#FPq8Eh#56Ee(3nNWc}1itXvQQK567S
-))v!!RMKCf*<CU}aLIr|j;%YB9aF>4g%4eg(y`Rhb18(zQ0~*hx&b7I=`yri%#+*plM90jVnT%sT`)k+R@<gPblpALx*Je?82_o$2te3kuQx|M
-oR~@W&FU%{IziNNf^|0}(hwU=LC+h$T_BTqc}C6q_KHG18l2pd#t?TQUrgu6iFOgR!qgOFYm&*P7If$k&rk@|h(HM+7JT7bh0UiK0b}V)&>K{%
-G_2RTHw;mdd7wPv(mu-!SN^R@&<3gX^ih)wxu!7<==r|<qNC5i^HK+d+iMsMl1}TmS4)z5UeY$v$aYtTp@<lS^XpV2_T7l8o-Ug*-^r=1P8za^
-a2?QlAR9N}8t`QPlFM3*h|esE&W__Whmcb?_UK(XM6*`$wsI0+9txKL#8@SJYu4K8N|v%6pwR5KglD|XJ-k~b!EFKBKC~9*L(iGPKUgeU@*t_M
-n6)4^R|&&wgRFBFSSOAk(QMlCE{jTb3)HC2b<avIyLrUr8B~tJwCwnt9R(|IP-HFZ#RYydH%4M)Fw8Ge2qBV6;f~Gq<Gl)j0%Lb)P@$eD4sY4(
-p+QMsUvw@NO7C>#GaUvxUrRy<=3S(zL!QZo?H03Q;~$HfDajf^Es5kN<)h9iZZam}H5Hqonqxow5`<X)Rg4l~+1il~dLX*KOGA+dLnLNmYPK;;
-A2A-`idGpaF=N3bj`dOzzT&~NaTf~=CXakH7q+H2#=mNMgk3{bxz^hU;>a}(TDhn{v=}J{aLqi^QHk5iP0V@?<SMT<Hq{57#5}tOC)j8>N=yPp
-vzJzx$lp6VeD;~oJ{omw3tl}4<QIgRo`}K$=LcD{RM0Pgb4MT9Cr^}nu#@E4v~Y662Cg-Sq~YW8Y{L(g8<-Ez1$u}cWl@6c{66nKkZ?HHX;M@1
-HS7koOVSe5Ws$geamQ-yun4CM=sEBVv4T#txv#9R6a`TT3?>dv13sQ{XUKEj<kxS*hLy{HC`dRhQ0vw_N<Y5})~BWcEb?Dw2@AQb?E0tP=K)tZ
-mov?4y^qlIWG25e_GBpex*P-lqi2zUOX!>Yz-oz#xhIrenkP=p4$1nBV%M8k#+@11m~vakIpP5c25U4oQY%JQ7`ydcr?u}yCqD6|$DgnV<V^D>
-x2E^;L(U4Vu&Bkt&!T68`+;uYTWf;Fi9BMyF78!N)ZEf62;axO<2!6+eE83A!RoP&TNpc>+*=Tbj6Gz8f`q1&H|~i`Ag*DmY+VeHQzfTUZxj#r
-%QiGFo`FE7I5wz>b8%8P_N|{F@v%BoY19@*Ru#^XdJVmzC5|8k&H3)R+XeuxCLei})jq!kHnB+#&E*(cM5}*may4iC(sb2{+L|2K$n4HKOe2yK
-Qm8g-s_B34y6f?|I3ihv{(2nx7@Mdl9({L-)iO?OdV{G)WpGg~cH)uhdDV+8lMM&{6VF`$tr`*ZcqcOWJ%)RQq#O+7>PtV8$>W&SQ}*=wsw2(i
-b%TFqrSHm2ke8#p`P`91#oIZmLv*EiY(s9Rnz<YZd;);M2H8`%LdRi_v_{3EF5JUOr8uO+mZqXH$wo=97_`C(W)Ix4uYq?~yC#aL)t|uUBO;<^
-2N@<#AcNyJQ7$7bdJG@qZ@noY)~%f5aJ8$X2>Pm`aA;SkOUNMt|2_Cv{$B86=&;!LxCq|M_t5CzDz%IGZlz8ta6g6#pIr|3TY|KDO3H63A`0$!
-zN|9ycErEfq_J7mj+SMSD|r5=Q2uU)R=6hSj0b`|{{AzLA`)?feIUqjgbhRNO$xN=L^<`4kPB%GkG1aY^aB0z>6SF6zyHrekIVbfl|p;_6GGZn
-KuHs#flKs?0R2czc_dLNDjihz&o2Iuc{#YqJNJ;-N%rwq!eyxJccWFywKyW^wH2WLC4`D<>n!Uo3~V>s%IfYkAz@chL_bIsk0>DGw+`?^68QQ*
-^zO?ND@Y2s&`076NyCqbSAHIfc}7u~%suEqR}n<H9J<6{GC4R|uung;Dgm@$bTg+<D{fVv8Ei<OOqs=2ygwy_H)Vj4LK+0t>Z5X|o1<<2+Xcip
-VNy-Dbr*GkHKQb$4C0{*Cwed=OQVM_=jb}#5(g6hPd{3pjOUH&i$1(SY-##{A;zU^a^zyKrm4EJb2a4~Q4BY|{u(XS{__bVCAJFDc!F7SUX;Ts
-nCTj<u_+d~2U|t$Wv=Us5F5Fueln64wp1*yA(^goto-d6l=<v>;pH1icAe~UKq8o!Imk-o!Xbj_n}Z%7=){wqAwd5^uiyqUjScuXi;?Znj_w^x
-QmW&=N58514Pcsx;UDx8S?Z~YQ7<AT56HnXZL+a6HqJ*KCZ5EBoy3BgWC-pyb*uQHnz9n|d)Jf7l+Q(e3YXFzgt%Ylx08=t#3~=9m|v@xF$g-O
-REC7spy6Z8eN?j;DuP<F>=-J`G)Zy-;6^MOUW^}Z{GrMb%vYY1V+B_TnBsGW4zOy>Pz`P;Vi5CFL)MGA%XzZqDOszocOx(O1gBbAV+V2PLZtXS
-4sDZoqJqZ^V+RPV)^=c>Yv*G@Q#+!lG^3qF>b!Ff-?ldxFafT{ns-8a80UrAPk9Rd0XdEhZsuy%B-z9HVje9Ueb9UarcgCVDz{xV_eHO<<I%!d
-N4X5jbn9RGm(cX8o7hNql0=4VN8xs=aoWzaJC}KCmr=Y&Jd4xgENb6LK`4af-gYPTw>jJyG(0Nif7;#hIJzpGVXRx8&hSfK?V+|Lq-{G&2ozUH
-xmY;5b?^04z^f}aLNC3W|FO#1%`vu`WN}DlhsNlKGX{IzY#vVkQ&Uie3GWX4c|ZyCtXUAXP)g#_2`6hjx|pK~ipxYbE=$!PJQ7hY5JffU?%gI>
-4ZHP#;+S`t+Aw{~C125%6SDN6Nt^{_lF}{(?}N-v;J71WLLL~%A@v($3XLuO-sb}uW|uX#fW+W4PmY5*O{nkKJp~dtx^o6UdUKTkf(J8WBG9au
-lKWh*amaUbns3Td<4p&%PIjL6F3`1UL7SW4YQ|jd@g_b(^^>Xe#u7pwJt(^54r1jsHmyByyanEr(!#8bwp(t|2R@%cA(m2Vyi>E|AnMERt>$9<
-z?4U0_#?1X%i;*Wo-8}qNegt?f|G_V4=aH;WW?)E);nH!-OGk+5K4%Wtf(*}k9W8eJ4BqRV8*n145n0Ct!TZ^ATY3YM{}1fmMtgE3Yq~*3Q#HA
-fK>@{(_8?qbH{zIwX_`lR`PEA4mJodF7Q%qoe}dhi5>lTTh%S5E}KB-88#d-W;oI~Llt&k)gC2!vWX-KjQIPqW62y3@Rbj+@a?}Ct=e=dPA%;=
-vj8jyCiohQsX5$#-O_DrbPsOH=cUZIsj7dd@Pz&)k-W))fxl@NZH|V!CR`lsCV!aT&e1ZKE9w4vn$?z1V-Lh>jeHhgqduW&MfU;#mQ-f){mr%C
-?*1UudAnQ^-+D`bblkEV^h-X>8mz-V*gPQK{qU8+fI3?kDv?zws1h37W^fM#wQL{Zy_yOrWoB)}z#=;Cbpr+mcw#`Quh)VAa7CVh$F-@K6@~W?
-44=9#muwrc^v=%#Dc;m==4ra$z(7{M*D_1CIHA<_+&68wqT2zu7ULrRwL*s~#;vjO@XP_J6SH5AZpT~($S(m9&U>s|4=fB2zBPMj+=zjdW)NO1
-41jjL$J5^M6(8+%w@|oeNnFB-X-vI#I5jmgeDd<Mi6GouCDt3-QQFjSb+&(+P-iGwRUhJV;9n-@b>5;NQnLr+PTdgfB^gNMZMNaE$wVxNstGMT
-bE9?@{!ZnM#n}c+g>#9esbc$Hm`@t(CfR@mN@`B6b>?nd44rqct3M&nVU8lQE|ZA{A9>{>OG=b;Y_%Giom`Y+0W2E_)wT@`yCJ(t9z8|i6T2#+
-J82g`=v?npOA5lCH=>Zl{YpTKE%tRKd7`P7X!!-@j!4YU*dqmy(3Nz7uuY^FEQrFW%r54bA)H82psBd!VcZU@Y+yC(EjesAFCPfeEjV>SxpRxU
-o@aEj&n=8!1(9wF`$-fitVw)@2kTVH#pJZ6XsO*6J-L@VYlCa%jQeQ39K(d301I>}e1tJb6k=F}C-x|)(2MuPp3<0u73jlljbuf0LJ1C(M;#f_
-!@r2y0E>bX=O==p=fOS}8>7yZxY{BWN}aFU|56Pxd<{m$!yJ0^32SZzND!uHdZa~D`Y7-PzB4^)^@S_)hQdW4Ig#ZW(96h(B^p?86ZL<Aon&hh
-c+-PaOMV9_Xur^4sZ={27OvGI3Bm%b%phGtvT=Bv$<p7D-WG|O0RZ_QzqssGvBfbKm32%@N-N-DXaL1%7WWV(Bo>NhRg#wCBdWX1%V%+KT8|Kd
-NMRLACljIClM*K*4FwcpthiJ%TQSrnA!ION_%Pa*#A7HgAoI+#ArhN?*;Xxjs#T42;i%|eI)T?3%u`R_i~~^N_h*sR7R$Z3$jrg5XVLq%h{ad-
-PpF4_|2FjPd{<aXzz$6~%`F45Wx7R4fqq|hcM-VJxTA}4O%pKdL9AC|doJ_bxU`F4DB7`lTw)lD$%{gV)H8X{;LlC-nXp8t2qpV*;d@~bQkl0`
-nup<yBv`&`JA7r*sl+twf;ZW3w3DvvHYfg3hYHi;A=|Hr!M1mkL$G`#2f`jb!0^ev$ArO9^wD_W?nzU4(^!N$N$Gw0S7e{@J;>{^+!(Pd`~qL9
-Yfp0qeOf8AV~71(0mChU5^j|_)V~u~4CDQ(o6BVRpB>#&2z_a9DScqo=KJ&>Rj=4zksBqgDzjB>!L3|g8R9?H%!<v?E&dwZ?2bU>w%_cXO(?Fl
-3PX)85NPfPIf^wD({QZ+xKE`3yZU29tg7T?;h#L<Jmx(~XRZm2S?yxEhYTbmOelU{6UbVrk9^U(U6W1!Xr_!y#o=JXfAZgkiS*IeSw)mp%i-t`
-!B=g@2882h32RAfD)UspIe#AF4W5s|TfndIXL`eYuau>YW@605)H=iV;Hr|-@!!$>1%f*YAzS-=NP53a-#0zNQO5s3o~}hQuF2?oV(=Wo^!kN{
-4{BEe3eb(3sqvwb9=6P%^AEY=%ho07IvrdpT9~%{@Ote}%RlL=L*y+TsPVpLMN>(ouFAI<ZSjXkLBW7!+Os@q=_m+>MHgbN6`F`sSnL{dIzz(h
-2(;y@8xIug@);V(B@RtY%fQ{_i(#JCXbqHoBHJB9msuv?r@kNW17_Egt3<D&c->}lMWhQr4w~BTPmXxSLLF7N^w#~AB^R%D*Vzb?Ms;g=l*y-k
-h%)}SMFoqWJq{NjX?I-6+A~ZrF%;T=6`jHhyqR|W794{l-t^~Mf7_n$NQOPbCkhhTGa}B_<M-Wq6!UHS9UHSl2zmipEc~y~>?OSt-sN21;d*dY
-*C70S^{D>`o0_o??%>R@5RJa=3;llGy7TT3^-exEu)L&hdvQRwtMhU3Pkiy3p3q1wJNIm#!J9CO7&o*4i7*)S7A-MFCPQy%zP3&p@x8np7f`+i
-4Pn<i^?Q+cBhfih&_ZI4uc7Ewr$Qv1u)6z-oC~Y%E&do(B3I+iUm<%~kkR*g-0zmNHhUrjLv4;J^u27Gbj(}_u}-O?ocd~a;HS7N->EvnJsJSv
-eb#uDHI7@Mpfe0#Rd9?-XjnE|Nb4lhFFYBb$)rFEr1-So?RPVO7uGn8UNMYhj$q-7t#Qa1N-5O>ZXYShIx@0%#@S=##Y54zy&2>QVYGqK9*(p-
->0VY>LuBtWB50VD2-~?*c(eb%?+<I)PZ-@y4V;c4?Y;P%4}_7Jv@q7Sir4YO%@Bc;4tLO*siEQsq%QRs35G++s^8m<YCjMDrXN0DiN34yCZrvB
-H)XscA(RB~*5LNd)Zv`A5~FMZ4?m>3`wDYm+z4*7-bS?9)zk!(#kkC4XiY-iC%-Eh?r@o{FvT`C3opE}fi`2m>tXM@wrCp95XrRG$QIOWei56M
-cdzmR{EtjQFk0_oGP-KPIRF=q;=obBhYW+->vq>O{ozj70R?R>T{WGo7*sz2aELLA2@z?<o?Av674@PHvAa=BtCmyK07qxz-Q0?3sF>v)>xVH0
-1Zf3gHcU9km@<4qg?Tx+b#wz$qp5I8R=MLqc>22cy!E7$rofy-JeRn~K0(%ylV!J!Gef@sAPQ<GU1C2sSAlfjjn&+wdJMLg8@0kg^!9Pvl-?g0
-tny>@q{quK;dOSKN5uO}X&lv=iHKRnT{*sEhhR!xZsGb<zppjuJYU-#bz6j#M4M>H4lDeqbpytthe>s~94@a~os#K6F9(zZib*9o8GhE{Z7Fyd
-bzoI8dU)CD!~Al}9ctzb3#?Cn>Ow`Pi!I~IL@R=ylViVXY$0F11D+f(@z>kKx#>PaJiFo>R2$oF$GI2@T7}0tkcG%|PMtoTpDe(t>z@aZY^0*@
-2ePd5;)vWMgREoGSK-XJ#;?Wdb9{4saLZylJV<iu^)Iw6(oLDBvh8ao;fUXaN=?AfTSFN_u=AfVgg&Vg_5Hr<DbgBMZVp0d&{!X!mDRcb0KOHq
-i~?|7<@X1!si6yL*$y4Lek+F4yN%G!*)%L*<u5eqw6OrYR(GjITO`#3kRs=I`i7I#FDk-~Q~#l_vy^QtD`-Bdo~N~=P&e%r1<L2J<&~QxNbxzq
-gI<&9M|q5*awxA^TjN1HIO*qNZ|w3iga%Ptci^Y6ZFC4u3Gqa{Ew}fkx?#n5P?Gr)FV;@_|A?tHjmxka60pU7=O)R*QOCLXf?!)m7nYD>G7-?K
-yHnJ<UQ(ZcAx+M9!RjP*jr(O13trlt8>HJP&8k;4NzjTFwnw-iNqDasQhqKG30bThvLJnI?)>+Kwh3csS5O4uLPrB5y(qv=^<X_?ai&}A+oFFZ
-5LPkm@cBojT}Kd3Qed`PdYwZFVx$BP6*-J@Gi|QF=$Sz9UF*i`!Qx{=?)BK@H9$ye-QiMk_RaxW>%@R&JZZi2a_)>><qeFdDIGsn2E#YDCgy}J
-9Yb5sNeA!A+A}aw7QWa8Iha4yJ(E3PT6_4hsV)#jGfw>T8kvulXA18t>qD}N2=LrqD8^GG@lpFu4DZUf7w#i|fmiXY-6DNU6w}_F;5lRT2fz>l
-J7akl1E>u^sY=EkhG@Qxbi&SOtQ^B}OkBw~?yh@0*q)o`hr%te09CbFigmTd+)A(Bnv;;;5q<y7^mv{M1Foo_zi_q%&*84H@PY-7p;o_%cxaiU
-*Z3-h2U4oYK0IX-4Nq*xyAVPH|M1#9=rfPaDUj34o=xJ(dHt#0_56!e`Eq<bcsp;+pA_<yRsyMTfSfvzFskUQRT3-}3?s%b*Z<6x{nq+A*6SA#
->Gx&m!0%o!$2F|zUIrf(Q(5N~KblZf0rwFTY&XL1S~3I8o4C~hf=PvX)<W7*#Kb=auHS>}M>UQ)UzBI1-$@(l`&e0be?mE5NQWg9oUG8@_DS)R
-dnzj7`FfoT>QhBAAipph?fBXUEWPM_t#&4w7H5S@n7)QbWqMe7Joq{`N&Ah>+JHf2gssNHC@goP&Hva0xH1^a0ODV>PKyZaF%?|Mv6J?b5a13v
-vD9_X-5eh#k@cxzmzs4E#=r|ZDH{*Y;&Qp8e`<72pN2TbK{RSX_+6N(HE%Am(oaCc`g-{gs;R!CM}yGgWe9El*rcH$;H!GNw;al1lXG4;a>+-$
-(1QrT(UUd{jW8%~HFy4wxkvn|R7b%_jYi}w*i$+qIjaz{XB49-{O{8eOu^Dg^jviTN2ff@x&%_<zjA-LN!j{wVNLF_nH+;Or@n0EM|}OS<W7^&
-T#Qdy;vKmfPiQwFzoP}YjyHxf`gq^=JZ&Gm3F}wNkt1-BGE*yghzOobWZRgjOOEs({75y;-ny)s4Xd7wTG>E<HPIf)+f!&7Bii%cl9Wk;$UTDY
-)eWyC=Ji<<g6@9SN`Jg(XSbDHoX7;8?`a%jC>rk~0XsQKFrtx>X4g$_l%VIfnSAE8hrNG4MaJys*B097+ErAQP5u*t*oCv!^b1#Fr`C~`0#14J
-X0>=pkbewBgblTcdkK>8LFyhS{YE=y|I%`?oK_g}FU54lJ2OKcMt!3Q`!K*^&-~UNp&1&2^f)^kb_b-BlAjf~r4}k)4A=YRNI2UiFIxzrU|bVe
-luJ{)Y>PS7Njr*gVzYQF%CD|MZ+aw4DvI)dtm6J<!~<~-{|}<>O#7PQ)2H{i3z55+yn<*nZw~Mt#Uk8YH%v{iN~QeW;_`kvcN)L~*VD~l3&$cX
-16=8`M-UeB1Ursdn6Sv=wG|XUDbO<f-$V+r#nX-2Nv^)Gg6ky~FE5v+Pak6C7z8Brdcz2p$}fLmDyF+?3NzlE`|nOjtO#of4Jh|pIDthb`#@=@
-Uogu*E5l=}*IMUcj4al(3`7W#g|JC#$#=Lw(P@u`FHM|dS*|I9n`X=kC}FqxoTKvOso)G{K0x^#5O#)2DM8|Q7j_9)T!-?TD%}chyLeC#|CXRz
-nDMZgSd%mhE#Cl5w1nRX&#ws3czS9d2@w<kIpal&yMf@x5OMlf-kP?}&oYLaKlYS^$h(0-5J7SH9C<!28ASq{Hr%jl(gq%qA;yiJQDt9MHWov-
-4C59V4S*Dt2ic0iRqcsnp>4wR?TNfZ#$60V1^+u%B0(#9#GK<agzCSUY;E98yhe<TVGfPi)W217O+y#b*dAdFw;6eo6qhoJ3wR&5D~dfVsc>*?
-fU~fy76<Iw7jhn4r67~`fj&D!{a(|;MdDn1mu0Fa{}Ip=Zz0b-k-UqM<h0_9f_U;f%SaZP=}vYTSeq{bh;VIoRWb1Co^|YkI-s~;pF6C(=soih
-GN?eBb)@wOjdICOXM?(c@oveJFPaSh=0;i{&f7|Dl32E5?^7xp;P$vN@4pnFM^OPR7=`gPw~L#_Zii;q);Y3xRiPsN_oTLH4yL%LT@Amh@<b&;
-L81<Dv!hXPW3?;8i<#5Y{2ykEPTpQMS`PFHsdio7yq0=;h?tK-p5nf-vYGsua>3zKG=$ah>*|3%qn`cdKPaJ)TYpC^$lf9SaD}*K4q_p--}L{^
-7$0rx1r*f_g1Q<776MEBJ$=0~2N8Vz%(QiH_S&n^>_&Y6;npegQVV%{rJMC;0I@y(KkZ9DBaGf~I>GOutdw3|=@9m9flw&^$d<)z;7-CFCacrt
-K?H0o_nUeNrjVQ9A#2ZKDXw1<@;CaD8l~=QRE?2tzD4DWwc?NQSgS{5>sI1C?`&Z<P(}r!uap~SekXnYxGvn;wr@_f@fkjU9^lb!rTuJX)z;iG
-+Liud-69EB%xZ4=Q0?#i{PPW9rdvP1!T8NBQ!1fH2oF`C%Kaqy<(ET6WG4uE?Bt)cYEuW!_QPGazpu>*lii4qL_<1w+cnp3jmWop#@&bZAKwsL
-V$O1(E7!iEy%$NQ<hZun?IG}(7;yF1&PmW5gIiYhk05ZJB#TcbvF0FLk46G7Zqrehv!*WCwO-VdfFvV({w_Eip0O9bKW4ccjGAnrkdL_veuRcT
-#SRCjqO#g8i-S%(;I%G`9#6`d*715qPCiQ+#Ew^f#s8g+n_j*4vF8_Coq;l9k%@zXaiRjn$zR?avs$kw3eZ-o7V!?7YG)eh=V~>lcnftz;a&rt
--^TPV*-^}vtDs!jwoNsj126<bO#-RlrT}*UGEvrQ$oZ7vIK}H`-+}MI=8egI3ST^D+odn4$-qPp%aaLO`u95kz!{o}4L=h{>Nqs7%}%l(M(rzU
-+E8%G2Ow1P&++5?@$%;xWua3v8=L)=c-rSbLpmt3op1TTow1?~@u+aB)$+Z0HI_Z*%<X*Cz2FZuLjUSM1N4W$*2S$C8M!&h%T7(9#Sw&aSok!z
-Ge$jk4!wwH@*eig=-FP)-x3G?yrs1<xNUb8y&E~bxWlofsnt`)q*;2~14OF8iD4x1H0?WDmX{btt4F%$^=BqJ0h<gadLr>}ilWSHnFGjDW82`a
-J`D@dh5-E4`;TG?Q`uP;Cik}|t2;3+3ci`&n8MJ{usiF{_gp&}HFx)gE<#MoGB!t8=m!tbB?L`3aQR4Lhm(-J*30+7DO!BTB5ym?NTYiF7z{6G
-v5`NeZ0Vt>Y6;&-76b#`a1Vb3WlGE+#{l~Py$8o;6aj!Ea^a5b=U5Z0xe0`d3P{|vIvKNRnSUh@lUup_eE-%6%zY2l5hm&OnG|}@1r658{|x9z
-|Jzwd3Xh>v+VpjgmWbtj2yJ2e90yExeg|w?aMFw=N{Wzh%wyhuExZ60SIYp%0Z14<4k%R?ImqHWBN;1Q7|nQ#0ayoH-B%M0twGu`twez5OlWO1
-l0cC*3MM!5p@2jJxeSDOb=4-{9EL0_H}1+DeahtIt(}&Nw-c0e4gZH~2whaSw~2B&o6Od9a#F-#s*QT}O38GZS|t?3FiEs&4twPUY)L?srT$-T
-)MY!WoU%!}GEcG>fMnCPfj@x%H?LZg`c<jF^qG=OxO84CtDXISbM%<O$f5`Yaz_dk)3nHF^=aR>(8v}j3TmdZqF|iBOu7O?3V0ZdxVwgB7%@g1
-h0*pWMvfg?`qFkNTz+G<ToOoerNNT^3|4aiD<=a}v6EBYTAlZ+6>8han3u7(lnmlKlYf3O8tqdZ2)(hxAqMPiKdaFz0b7H>2w`z+d6Wnj9f-CR
-nnhM_oUy4W@s4x?>d?N|c{K;iWAhQ9ln066%l+}0+Hne~L=7_k(FHGF3iMa*PiWb*4c%gs;4}dFUcM1}v!oJp*M`OHeB^xGFN1IjWj5W6-K!I#
-QL&^&`$<zgXZ$QJh5KAUk1Q&$2Br%g?5q$FR}8)bRwB0o`vxj9h*;1CfWPTPA6hrZUCsZ1Y|bYRyfU@-llazSd?Ev9yQjS#BdmLmsl311<w(W2
-rQ*h!V9NZl%xzzUx1w#5{9PY-)yHY+mI^8PDQZh~v+D}|W<h?JiAVaoM*r7mW?k8k1V^c(PMQ&sNtgbzln&ZT$Z7Qz;2BEPne+d6bH@45TIw04
-K<75qc&^15gcQ&blV)#vV6`Nw^Daih+-_8}utIi5`gmYy5=GAFL29peh?t1tgRi{dc}d;jy<sb%fYh@j+aB{>40ZZwXG>97XfZr?SDqC>Qg&+$
-m=yI|2n30v0WL9TM8bpfE>?q8cP7lVmB+v){TjW$57*k72`BDv@KC&KrdKFZS^a>X-;me>$1O4B@fo<^YB;xFpLW)PnWjn5%zZ<`W-UE?4*!NQ
--z|wGDkyyh-T-wKr%s+I?qX*dIlN@^w-mNyMoo3j@yyJh_fy>>i8}%+A>`rHw~;f=9WPDZ)ff}ajRI*~Ia(ALQ*L?|O`(j|9%0wT*#9kx8V9xE
-QhmNDriY3}i>eK=Hk6mbsBEY~*rP7qZ@Fh+!zOf4!}$<jU0}SGYO`G>MTRMc4t$Qp^aHERp&JcLgCYDw2fj8>F*RWlze$J!)$!DK(O5)`AZskd
-X$O?>G{=7F|B${*h(0vFb9T<=tDh@OCl8BJ^ATFW84;QNHOc(?iXIeu?Qa3M7rahz-Q}BT&)_}C<QD6xtu<<6t19$hl)w_+OUyZoZ>*<mbrSZ!
-YulGPH#t1NgmnDqkm43Hne5ihyi%+OdK}Cy$_U0Dz++}lo2F2uOjs8$TG6-y-B0bSL^Ax~2UE~iFF|X%R2cMlugxVoZ)Z}{N#EF4W+c<#dpvfy
-yyIWvIf~<Onn~}FkVk{<D3xd=IL0IU=9RL_N%3h5(QAGA(9r0o$zTgK%Mc-9%aw&j;*=`C{xz~`aR-KlDlbrMyz!1N;XWXs^ELw)qkF+Qa*OLr
-RLoO=@d;1o4cw34(&wOca^`nmtc|IhF^u}2AYm>tHN&u)t&Q=Xv^hSJ=lqvFxCNy5@Q7EQS2xl|X@dDm8I{iK>Q$dm06ebS-D5aqJ8OtrHi(fe
-#oO{h;f0gZ5<j@T^`d=C^Bq*XZuknasto%l063q1SyMlRc(pm6S=b1g3hdXa`<@3zXi;Ty2Ky!rz{Ldq>R}?_J1(B>8gqxf3)ge8;|k{6vuqT*
-$-s$wlnRWdlBypYz&;AuYKw=GCV_mRm)?QmKwrHYy&$;E)W!JQeH8iQ=-NS-EJ4!HHx1Wkz~bNceCNiCmOGCXxOgu$uSug549deN2f}v14oNP~
-27TpzW(+9&`46>vmM;kkz4rm^(kJTrVZPx?{4!cM{03SBH{<SaRi_bC4se!%&)9bA0#-+w^;^e8>wapLyx*q03w=K+^WW_H!)#py(P1WRaXzQl
-#s}28JI-5Zc&TAQ2Rs7MLGmc}hlPb`-Zy<hW3<HMIRk3zoEQ=ChqkrTTXH|WC^J;9Wd2RzM{0H})FYxZKWWcw7_crT!5*lJ$~XEs$z1ki2CaLY
-@kDV6E<qUQU^mBH&}<Jq%6r!HVTP~NPS90;@Ak-hqI+*Of4wd6qv%Gwo-2{d$e6w=@`E-7`xum=Ev3`FH@&3|)2c>&9C#Ji6BM}=G2}OE_Du18
-YVTLk7A>-JKR+>1aEJB%_C7}MI(r+2s1L<Qw{677QpOs$_TzH3Iz2c6!*{3{UTY}CeUfSkpq=Vq?#%A3Zf>5OnE$ELrNs%Q%?sgRy!Ng)*u9!t
-dK?mv`-ETI5Z+Dj_kG6(hgs?GV*q@gSqS7Sr!$Ew*2kOR1oo}OVkK~v>V%ALGiDzHQC@1`ba@fehX3Fq&d_MI6JJ5@haI5OTS2_5M5K{($K{~w
-5HGN3upKp%^nGQ|{z1oHnw55_GZvCP=T*bVfh?20FbD_MLv$-BtX_|GY_&o%lI05#dHZ+fd8)&logEn!!P|PIWKQpNj%L7a0FX_SvlNB!VUayw
-rNo2%M$d!|9sI`E+A@9FF&Hh*DQ-%zK)G`0?3^5Pa=c<<HxzW&aA6XO`l@M(OivZ3Zj;DSWMxV#i}TOLsEQs&&qlhM6>$EA2B{w$X&gMfbbh}X
-KSkly!$qFVp<Q90{0^RVg8rLx%_Iu$ca%PeYEN93ET^1YE5^W?B{<?Kpi_OsEg0q=Igicb6)&uNw2<Bn(#K>=BOE~*w(!=53aW%9fPyVB$A^=z
-U^!0WM=2^4|2via-Oh=bGaL75B4g-2yVmZvZawO^5Nb(a(x4zL6ml+#Y%3_qR-(4M$bpxK=Me<5l8UBQhTXw6*h83Y^SMU6fF`Crk9Hw1ZUr1z
-;VS+7cu-NSxjabAK%4`LukNoWp8wh}i~37don#D$46`Y#IV{N~t0@Vflv}d7+_`gjwMl%b)h`dy3^u|ad$c{=d<yrCrTk7z_y*v2II7-r4N`xy
-?>uZsTLKQD1c0Q7Ct?n*8nkOEkW=+#aL;3{M+tqpKFVx~%2e?Qd99@RkzG{5t@Zz&v$7%7XIlPmgP_(r^h{8SEq!H!PIdLZ0OdsWS?J@%5@8!z
-;<1T%S;h3#f)=;1>vUI#c<jNnqqar*&M2pkulb=KHJi!lfT{YMN>V}a#Y$BRG*z-Tp=OC>&zqje9E4BU_L=qPKU_u$a5nRi_p{$8Ij*lf?t%_N
-13{o)nX_G#jn5SZHaFii;gv%4ruwL3Ej!=22=t$DN*{kD2`I?(77V5qUl-Pcz<qB%fRhz3FEuO-S0$3<U9kKhU<hFywqcs=zo_WEeGmZ3p7TQe
-3kAMmTtraKG!9!W*hRq`v{zXaG9+$_94CvrbWY|qKqVG8T>cW6^;9^mU!T5$A4}XFz$lLDW#_~xm84*p%;$&tZD^(P1n_8Zr@U~s=WV53Gb2|s
-kAb$3ib4xEmxLkw?wzm!udy*-AYnUE9=ew4{b0~&hG37^phE;5o~D8C5mG=m?XMUoocKTCkSEX>O-~dXX#{+{OsB`hxg$x1(d?i6Un%Q`JTNIz
-KNa_34SEy=*OtV6&9C!WZL5D77pr{|uz7{r%PUZaGsN;mBmR0B8RWDGeT#D~(#Yi-U%EQdWg*yZ5sQEl19LX&^YXwq6FGR8{uvK<9yT9{=J8A$
-)%D<JCB^f|Ef{{sk)Cd{(QQ_A#|Z~}E&|6<WiG2MOWRfuECwRd+*DM!;tJlZoZ2z>x^t#lyxN+oM6QPh5aQor$JDCoN=u$jS+n2pGkk4?Y2U2K
-9z#)+?HDYR>j@y>PmJv~)CdSR;U_y)44>9k{JKzJFO&l8eqbY!!6uJ1CjjEmM#aCL*_r0iVtBB~fr_IIYP=88RFHq-xAH6d8Vd8JFqN#NZrK^S
-w6A?9zF5!v|2d?aHj?Y1{O~|HVvRVLm@#+t(f1YI)gf+|d&6nQ8j9<esuPk>`id7JHeXH4@>k-RtqvYYED2kgTfQ|Z;3Dk?C?$<8cq_(cB}Oyc
-XjjIy#rQW0<qLN#&owIQK~&;)nsfFSbg?_#G0|$w14`D5TAL20*D(}kp(S?PGSmOqG$S;$uQ(Ec-i(0tFbzb~ZD=WOpY8%&s^UIt3dW{<vpVHF
-TeLbMdI*Njj@}GZuV@n7aQ+nv7q5dCy6}_T(rK$0KOyCh<Jy^G?v|tqrTeB)kVYQu8Q>gfr}AV1XDM$5{#X*itws)M8{g>%ekDPKSvVO!IUV;I
-U#50_2hn>n?4bY>Z$T}0nA)M2yEw|HnfVgx^0a=OrXe#BvA;ZyVyww7>RiUZdsUIk--@H7YCLs)h54V5Gpfe*41cx)F{e-;`fbIcB__QQeO?T_
-+k2&*?yL>1U@e^xs9;7zUwsF51}_CrElNJp6fRmnYNh$>AgLj}(3PRGar^J{k+;(!e!llEXFk(_cP-HSjWz~;NRTn_w{^|SP-zp2F@52E3Bly@
--ztBp!3hoL7=LmjX=_N>rpn<v|Ap5<_1cq(t)lT}N5zU9Ce${fjoO=2Sa44@L!i@$=r@`8dq&=nTVs)3sJC++TL_|Fr^TZZz9I+cSkWt9$j15P
-cbnQpgvFH0fBLVK*C8k}>ja+k_NoUy$*LJO1;Kkj>T1HS3mIY1JAf*qa21e^==f#Ty9ElT5|QJ0z5upn%#i^zSR)NrXY#j$4FP}SsY!-*PbqP#
-&iPdR4_8cBTuM6eO>w?G))E8nTPkXkums?eG!e`*Z|CIiZ1hiD9OzotGrKv==T2;zqUNZ5qGCi=;tZUFDts0UlM3JId$Xc}uh`fqu62<n;t$*g
-1#mDV%uM0=7mh=D&#}=}I3ew%-=i&E<9gdm@{8mkn8x|Wy{f+si}dc6aAC+0wAi2@3R!6bk}p*%;#0+}R<Kv#AX7`7@)JF2Q_5CKD${CQgwY?s
-L2E<@fb^tKDH>>xzdn)O#&{gK-FeDaA!~qL|Ci&}YN5A61lzu;d7eHkeWu_Ns=3})9~Z9swBS%sLvvGwGFox=J=M(rxk6cnb4t+n*Ed__c%Zvn
-Yeu#~X+%a-W-h4;{`Ne6ZR@GVTJh^#q4MTc+nug}{S$zyTYZh36~#B(-YI`CxMC8-cXWx)v!j{=Xe-kvZQn>Y736dpOdg~JZJG5&FQXXDaGQ^9
-WwJ5vxKOuQ1`gS%<izX$@!1&qtk*^^=^~+=PK2~@`V+0tz>^Wp!d-TKleYxrt1C@M9d|3Fm$rq`rk?U`uZk$$-?G|meGPIsBh$z6eBQU`X`(6E
-!0+)g?1wsva^wZj8|bEX_?khpch>Sw%8Yji&E3)z!0l-R1I|lhvl{}wL(i9PlQFeZw-cl;-(*RldDF>1jIYHG#0A9pM}$AU0b_he8Aw0#3c71y
-Gi#r-5XTc7+92<1rg%R{Y?&=0I{XCOl_%nDK3Wn}apQd`@oxM*EU4f?TV-i=dRV0j>FJQO#<3Gh$}iL(qKs9B7->u0DT%Y^+*DaJHAL}@6^FOS
--+8Judw5Kcm0Jc%e9{yBoDUiE8+e4<oUO}Yw^tf=^q*hZ64O0_nm-^C+<cs0yI^6hS_$_~{ne8T7R50rmlVRf2+kxDrXLe+b@MwDG+V!0z+nU8
-@9}11Pq@NxhIk-3HsVsO<;X4v?0>b(05M|ZD)QgrG04@xIxa7T^3=bNZY`Rd5wq+YF#8eLi3aN7|A|V2<!--mL15G0#cK4^EC+}-$Nb^u$3HWS
-@F^KF1@#0;M(Q1q8Hkh-nCHz(OJHap&>+`hBtz_U*=bgTU!cxgSmU~I{Jcfx4KC7)Qz`Aj4TJoIh*lDbJuQC<sKZ>*%Lzk56JY{u9>hnfqw?d*
-zpNCqB-;LI%P<8?FxUxhF~TXAm)(Dr22B(soZypgb_;Q-$`ygV_6x#^aJgX@d`ETg78>r1{_o|kE1`_eAfhPj!W;+N+%?Z%_=#WUAU>OKHQX{b
-5%wqcV7^li&Ht1O_Ivo*x2{@ZaF1G(>Fq<54$0p1PVJS2^D_{K+Uxz--DINp^w84s!x|-^G`LzkWdHnzl~df(mUX4t*al?;)Mx)EFjo6dw)5*F
-DBw}_%N~GK*q?^O>hM^zLDfwfLsVXuHWnJHJK5WaYf^SMon?JrSpy9fXy~3CP7F362nFeBPenTd_pEhJ`Cu<>^%b&!yO5Jrvc8ZD&?W;hPFH7T
-qQZ_owh@|fIaO;Jm=)eRpKh=Z{+Pdeh?Xura5;rto%34<=ln$D2n%hRiqC#Zn0hF@qGwsukA*!6xoR!UayH{wb@=VU3D<-)>8iIhh=~0kulR=g
-l>8`Y^$M+RreQcbvEPR$f}*K#JtGjLwVy+%*d+tZ>r6vF?7XVkG0MMuco}Y|#&(FrS3%IC%j|h-X%#s$iM0y`X%^8*)=0y(QIKx29DMWOv)B7Q
-G{+oATPkO6`8bTt9SBe#KhQ?vrn~+P;)S$8$*k(}0Z%th3<(rP_$Ns*0t{%R%j+2{d|PJTe<SbExDmZ{Pj2@|iT}YhT668FGRnW>80^Zy4-{$O
-c3cj>K)UR!Il=i}@;m(L`%4&LMt=OGkF7$P9luG;hQI*Sxv`q3p58bPa6SF3<N$THx)HSn)-4tgSC#XTMvi?dmoGr841WNEn3zZXVD5rK%hj`P
-C|@c2Wn|>R9%%XJDBYG}MJO0JwCa4B7_?VNCQf1=&N<e3?q~N!<v~IpeSaf95Ah}&F0W5DCv&ovuQUH6zWkPwaX>Bd9%w46?YA6muA;2Ct2`xf
-!}Q(ZOlxdynbGGW|ElzkDK#gB9}u<L>^Iz3r&bEPs)W-SM1hXAyIJ}L|FHl^y%($&w%t2rxZrE}##<Rlz2+~X+-C9Fm&5)FFf@<5ee){V3Pj@?
-f>M&J%G{{~by_$4Atwt|Zlixc=}Mf#S(W2*Mx;=Zzv95^u!zUjeh|)?b=4B^tokLO-Lc})@o+)^+El6jyTd4+EpN89Zl<u@55BZqC^XDb-|7^y
-=RX(R;k15+Ro)Fy7}BvNmW`J@Q@*77th)SXky9jop0{5XvKsXoBVRj=kgEs_pC8evRvlTQYaHJL{SAbhuSuLjL_|b~Dleuu%!qJU(4mM*@oH{|
-WE)nuvR0uiv4p!aLZwnKk0M^)EEdA!wkERBc7DAst6axx?u0*RcHlocNIk--$0p^Bt`v4Y{{ZL&<0l#OHwYDtl;BiMssO$a$TM|)9v5yx!T@QW
->vpL?o#4QaYmTLHbwg(D5p&`Y*Upwe;OJf0HmOvs>(h=>1~PZ58uK)Jv2pJdBX@IRGd1H(TXur(dk!*lkRxrByh^>iQt$bWWb_gsK^gDQn*NVj
--%sbAbiXf6!xLd>y7by8Ozr7iqg;v2<wQ$BBq%8r)UhhERM+aTr>Uz7Sven9%+=d}xIZ-lmF&FS|E}M&8Sx)yfmni7D)BIE_UY-5@67Xi_)G7E
-nuNu5F<thMMN2*7Nk&?&1~~d3v{3FR?*0-+K5r+E8(yxdobGE~TWR~_fL(s8=H+TF@L0m{Qj0pFLk`E|A^As~btW3KK`ASeVjK|x%Y!wPxwFmH
-*N+TVO#U4I=6do%%t)z>+FBOJ%Y#@<Br^WsnyuU+n8XHcV0@Nck0K2Dmt5X?e2E!5>(du7g+s>`{RxWDu9R3zfzF7s@n*rbLU--}9AXbdxBaen
-(P9GY{xlu2bTHIbJ+p|e-_`eS|NMKh?`$f;lB5&~m`>9z_*uDftd0_Mtz^Gr_@Fs^OvGJoUv##BYRWzcDw;jlH%Q}Su)Z0|f+uGDRLYhhA5awz
-ZLip=L47jm5)X$V+Jrs`yOQga#3A$u2G{-QELaSe$>*9iTgCNDjF$!jN=Xc}zoS?EMQu;){!39L=U<v^+_dwCN$>xJ^`NV0-s5A!H3oj`_-&OU
-Z*)R7kN*bZ`AXxJ1O!sI#ZKV1W;ztCGrZEIV+oS$RowgrlgTUvj@mHWFsL9#$L-RO{LpG0bX0jLtL-Uy=oI5RA()>U0%R$6f)XY9J(*f)GK&Xs
-e5SlNJ4X3o^3Lwt!HyFx*J$O}Gf|Q{k)2LG>moy4c>VfrbJiRXD=s$jQla|+7$cY~hFYdB5d^oX$aQh}7>u$^y$1nE;Os^_D?1X*(5nd*`J!R-
-G$DU!v=7S&Mx6)tcdc;_P__Eqw#tl3SbBWGnEE&aABK$}F_}&@_1a%lL!O-v=+(;Yp!HmN>swByhIsFEbc*Jo%AOJ%POFaQ%YL#uOAr_`t+n0!
-iN`E-@sORLE(J^C{`aBNjJVW01eEjrXr7AAk9c<KikJYiJmfqIjXps_r#MFKD~R--vSa#n!@_y`0y|07Tk8zr;1ms@_yIG7End7u$tFY56FM;!
-S_i?oYe)idOzjqh<?o_Qh1sCNQl<`B1)dAxc<0`2;(#dS>UVK>|0ImmaKDrXhj=Q2*sZAn9)mab6`5-#bi%F(0ptX}3&Wseddx`w)x>>D0RDz5
-x3~|+bQ_3rsTo=Z4t34g)w^3i@Ae&R)gAb{ttUJ6`I_ilhk?HBk^hSV(YV<@W=J~%xvKY=#Zy35N$^7v1Q;IULWhSiuZBiDKv%~@`NL1dY_=35
-#x;4DrVwX?bu5RP@|s$`k}njpGy$(i;`ffz9F!3n36tlf)a~!ykt3^jQmQ>xyKR7o0Me(_H^<zVO2KKGsYLClxrMukkqX-1jsf<-H2WQfp&G<k
-IIg3*L6ouJ0<n#}EDb&jqdM5p`^M4N!~Evg9jU~ZZy(Yl7l9!ORqx?#cjQ(0HyL!iAZ2vs0OiBxe*+n(I;@@~_u*&Eg6Kz(zb~mSFfZTF=?d~&
-J>B`4C|GQ@P;^|-Ki05)fgay(E*iD|tUy$>lF$i`gaOkZ1r?X1YC9g(EF4Bq1o?i2m}9i%(R7aX5v96->C<@&5dcl*tj9J#^T)5#8pm~T93F9C
-WXJ91Czr=h?L>3o@n>sPP;{F4whA~E!8%6j05n3T&9X~dF+c)$DMiqTBh1EE&|MUq^LBBx%&w!?_=GHAUs=w9tzvmF;{Kf8$jqwVB2nN%vKH~f
-TdX~df0XBMPE2I&GilE(f)BbHVvJiuQ@z@5eoJ&AT;$Zh0%^wcc8}{T>num8P!Na(oNX@gH}5lJK5(!E0`5BaL3*WmYL!_U+!^L7FG9B7&-K&^
-vSJEGJa4`Cx|mK2K<8qnhwtO$+5S*aQV(eFBG^n|6?W+V&4%*KUXV9&Oh)ghk5bz&$|F~w3JkICf?wpz7g5uVLHS!U!*Vw07#!t+YG=dG>5ZL5
-V6`!^qCh9!x28v*G|c<bv%k8LX9zt0j%ZJ}@+*j+ef(1T!q1<R`l%fD2V@0mf0GGn|7V>9Z-!Ag*h}Jud4QN4%J9wttsaTXt<)@^>;6_j4ml>6
-v93B2Uns`eK%WK+c)7HBv3wjcOY=qf;lZj<cH8|h&uUq-I~lOq)f^@1W}`6is6J1*j5yDj%lZhqT0cXecN9az#A=qbAoIZsD++>Z9Qa(_b{5a^
-uI<vBx;ydqT?kRHt5DEJ@(f*~w{WgPA5*^B%wY6*qJXF`*jG$b(7HOA$FpMdDG-0JzHe$z^X4%*5c?<kb(=p9q`&f>Mr7pLCEn_~iQ6(Gx?Kh{
-)}a|luU5xGu1C@v+$U!QsgDY_pBCmzl=A6~p}7a!GbuX^7<)3Y<i-B;s{vch0j8C#2-QP-5UPi|o+_{z68aEVCslIoEtT)~LDsIn-fZ*22;_vj
-3Wutxu1gjeALT)c8y(0<Ktc#z3>=2bLevhJ12!g4!bkni8&Uk_4-sAf>q8T%Z<a9bT75GRurAww>v;Q-AxltDE<u6?()7h9*z)^q#I%x>98Eli
-Ja7359yxcV`rGx?1SU>8HGu-H7dfA=tJ*eruoJ?S%IpN(R+4&21=_TpF=1oTh}Nuqu`-vAukDnMe~g6TMZ7*(w=ZAnLi$mGJrIW3qD27g5o<cR
-2K~u0MMRT*`ri65^J?yDP}Pj-W$Mq0A>eLFX`&ud=}34Isy&F<(D<L}LZ|+Z^TM>=s1PKOes*Mr)dB%p$a_)EMzeeUJ6g@lK@z)^3BRXA@dq|^
-<RY6PwLc)Pyk@s(aZ%=<3dKo{D6lui1-ZWVSwt8el5YPtJy&e?Is7Pce?M}8_M*`b9BE5UbVKQJq`*|oGGfcQ^U6ki!?`0BaLy~$I2zO5e3YPI
-7dxEx6J-}wek_D~5NP&2dxQ+_n^1{t)adNpkkD?03FNsdt+2;?>WP#yrEW?rWZfJ2(We`qNW%9i6@K$$)vma4HCHhl;~Q`+be~Tqnd;cE4VVEu
-R7P;U|MFQAPt1z$zOz^O@GZ<{<lV{n8uI@KB|gzgxBNmiOEleJ{4mChG$>IbC8|@L9p3tdbhJmI8Owoowc4Ln*^9An(&x#h!1daRvoB<@yzfz3
-ke<Z9LwUF=XATPU?*6PSGMM___-Eid<wRtCKk_HRoP3_QqA?YQpF;w2##XLsZZnaDmpd_a_XJ&yepX;CXRu|$^f6>ZS$w#Y6qf&WBJU=zCrtbZ
-cwDH<i2Bk5l$Pv3^3^8Gs1bI%Gfo{f()<H#mc-heOY>SvMJ)*_z9yEG`hyi;K2iYj*)n2_oB+M1ms|r)k)Xd_N=kvy48?ow4%t6gjm|4YHH`rB
-h^meU6ro7yXguiFMaiIfwN+CKRq7PNF&xM-m=t3vF}sQOi~VClVcMsGh%|LA8{3RB*n+d?s0yMlwG=m~J~MBjI3N8lJd@AglJC$rpn3>;poj9E
-u|c6{-U2x#^K_sl=wRcDZxXBX&`#tU=vGVBUd|Ey8+)@4)_u!h%I-5J_=p8kr$tWTrO`UufkAvOZnUU`<YsA#v7TAOsxjRbIf^$bnH~Q3<VL(1
-by8DJ=RU&j+j{NS*B_REStI1yy33XNYly!a7zhg^`!g^yR_<-Ouy@5xLy%+~O-^k5x|WW$VM<PxXE82<J^m|kvF^j>>##x0yzCo)6TgoU2cnz~
-#Gh3h*d2q2fO4ke<|p`vw1@h<Q&}~SLU#q-oz`TI2G}!pjQC}#pyh=3P)z1*mPUI*{z9_eja7uFB4GUaNW`F$!=C(ZGvHt9wVXVlQ!Iu5^3&L&
-E{;DpYmA)&+HNj6i*QQ<rL68Bq-pZAo85NB2MtxU+b^udp;VyCL2uD%wqI)7pU0*p@-V!B-U9aU#jm#u{hK_3Pee(;YY{a2TFV2^G*c&T3kflj
-{tJLYoa-<13_V++556UfqOasADL!{&VFulj&4g~q?oW)R`g+hvydv&%ksdakIr8z%4orkV&3_A^hje4M3gcM4<6J8M5ti-mXi>KDZUiYwm7a<$
-+TfP75WP3~b+?-^X9I|S77c35R?E5H23VNyIn6Kc%6V6l>p_qdyA|SB0vH3ftdKltL@&pt_+<<>QYPv`{oK&--O$P*A#o(th(0PdBor?2_17Ti
-rgL}xky~aB`jUlo4sBg;lL;b>5DN5LGuF@Dy}M?NZ&w_ZV4Th07-}4C@jJJGIbrD;?EqW|l3z(3<rJDCBm}8ch)@qbLV8?X?evGG`)}NfdED*C
-w)WJSa2KwDVYik+g&aleDH3RPt^*QH;&(9M40sK{Llm7inOW*<3O{YOvl=MAeqKDzL2dICUl5T4@H{;7g)4G;e8>B?-*>&0zW04c-Vtyg`i&QU
-p+Q&QU<bMmRyyw>qtv`%p82Q1&&CvtG^$-*8nrDu(;&cz|Dgk4&C19`R`bf@TGTH>y@lR=|0PmW;99|61C#vE`GHBx!L>|iD(~3+NdxD&5K6!X
-uJdHadk@}I_Od*r^zp~h&b*W^8h|)QHuJxftjG$;&VgQ_H<zU2^q(S3U+ADa435YWqtpy_v|8HH%!V7Dh&;@Jy><`EclG)!sB(O#oaYXca>7}j
-RKcH)n)rXbc3H8%s>Z>R1uO!TRR#L$N(ym--PKaYrd2kSAq0H*wjlO~m0p@ZMvy`G;WC4297roXdFIn+E8~GHH72$6eCfba^N)j>WJ*u~WSsXU
-wi$O`JX;hl_cmyYfeh`7Y7xKx`5lGXjHNTcxnd&Qhn>X|{DigUFuHyM@g55~<<PpEO3;Jb=8gI7rSl8672ZE3^Q3Ui)ok-QCbHb_#_1Ac*$4xa
-$|7;iL^i;9(CX4I9|9_F;CaxsdkUuFdQdqU5u;^TUR&@$oJJ_B;y=s~X7NgSq~6QB9-Z^GV&LeoBGUy7F-|&cx<1K3VaF2s+<ccHa5t?nLg9fP
-daK!xH~)!+d`cBT3+_HkOZa7@H;TJpTDSAv5Dly`c(p&sEv_{?ceRX*DPR{gQ08W2XjqI8pi3MDMx^;tHksPj11!Eqe+H|VsHQS^4~f-k(CUv-
-^72O=!`Ra*#;q-=D`G+=1~~q^x}9GA>2fyIGhA6z-)_42O)E!;sM?rSd*?gpZFE}3LO4hIE*W;JQt)^?ho;W+i9t0hG9i<SIy9pN7Yt-nIkB{g
-GWmmVznImqnrR*kwCFX0YZ{~$<*y~pVbY%j<B5ha1$0u2LFjJp)+xOm(DXn<*V&)&3dGZ$l8*>|Yr@_#^z;|p-$LM&#&Ll4UT?dfgVg77l;kD%
-Gj2(jy=8*>7*o^(w)%`HRF^M&?w3`QCgK)kU{Z>a``}Xk>?D6=(9%5>V+Q@w6~k<75C31~OSbUJ^cl{7DR|Hn?qis<j;3%ljRd1%L)L)=zWv%0
-@5Mgz!lLae9o7`I<@g*#I6YOMFu$MEJv<J29GtLBhYWNUh08lXR`ipPqD{~Du~2R=1e|>#UwGxOrym*lL%PB|p~{BNyHhUr?R*5u-WCsFIkKqv
-)6<KcP0QKalOo~@xG3M})i3l^cSbz7e+@Pa6B*FFlx#ryFxjTIP#OYPx`#x%s#1}HMh)!xjYZE<sU3rlq%*YDx=FF?gmbjEuH342D?rv%`fruj
-pR3L&^W7T8d&NKWghPaDYlr<$J_gSLwM^kpzVL_!1@yv?vz}?zFN{uRj{_{wbW!Y=l_5+#{lcuBXi~1V3BDM?s@3)O2sHi_lvD7<I#26<IiyD1
-bu3z;tZG4h2ID9J|AsOGO)ci8H`p7Lsgm0RG;!}+>08Kq!NkLEH6i*cjHbvy8&jweBzokbxG)`c15B#vthuhV&m}wWzIYil6$2eX=D7~blSFoh
-#?@Q5rhll?A<iXQ%TyQI-JqP&hlUvR5Tx8%U(`<$$t=?eq9@Gj)8j|Qy^G2Y#XCxIo1ar~RD&WnP`9mvchGW@NQ8^X{%y!)?KkI~wXyo{LP(8#
-Hb_}e;;95uLp=tQGaP|Nbp`5Q%{0eNRNvy~X*}5dnSTc9n@Ka?c*&rs7`(>!cl?7_|4wOmFK_QVYLk30dfMRUuFR?FUkfyLRs+KkFAz#$QnqQ^
-KX~P+g`^iDQ01PT7)5~7LObCIJJll^7WL4gWcg*Qfk<M0zoS4v04#Rt%$gzkd*GD$Quw7K$WK@PnTnc2`qMtrDWzQ=uZ3goM;)j`F;K=7{HKv0
-qui3c?x2zhOal3tzgbYNko@7Qby8vR2`Ej2GnH5R&%sLtIT;7O<_=OF=xPYl?p=(=QLHn%0AZ#B+AbP`rtq$qqbWhAcM!C{183)(y95^ouDbLC
-)i*iostpMnRX5c7z9G|_y(yKP#&)xyhh7N}!6c&ykoIM&>@&OaM4$<rvOO3tU0iSpR;p!*Z*^`rkR$dL=o>Wam=|1v(VmaUte6t|%sXBB_T*uf
-g^wI8Iq}qNFF}Dp)g4hb-44uhWLLc$Uqa2M_wVuIq8yj_MWu8E;;o10wKm>VlF+R>xS>q&ybE@q4smkqt2vauN5c9@)ep!UUkxH<3>`AM>g`YM
-y+yvfSwkFmEJ&BA7c)On)>S-`5Yk%3z2_G-oDp)&j{tz;lU4W7N|g75^5V@$@<OVT{A5=3-Eg6&bYgt{f^@@j`1QvaB#wh;N6f$^K0H8e@-%{3
-tWVSV&C!>A4NTW?_@eak^;la^xFw8)46?yzQW%%qw;LEuL_*9MHBz3w?Wi6~3z9NzEu~zs%tph*1i*E3q)$<CMj!;GSh5tkO1a_{4N|?}48>-9
-eCd+HpNDn+n0@_EjCh-oIvn&n<{wwaggnEsy-|vI6u84I#uy_EK)`{@`W7sRQY$&k=+M(BbNS3tXCuf*I&YO=Qo+JhPDw3g!uWZkJYjMowSNA<
-MN+87^C2+^2q!jg8I{fJTJ`1Ue|x!_xHZ-QuWdrh2KJ9c?k8#4j#cT0tBoN_K#$Il|0^(#DAP|P^{0Og^x1l0c0#RYq8zbK@QO-1t>26t=G<u9
-Ca`CVOO;JXFP;CT+#GO;Pz{c~XV+U+Nx5o(|2!o$P|mhM(R4(#r15&@6?HQZz59&2v1_zFKzCpHtR+gL=qivQZkQoHQtk!cUGaVAcQ0dkDC-@;
-*8N^lDrB(uU=LQ)>Dn$8z^<K%4-?Co*r-xL60&E{+>0bF41O(ve)fW8$tpBV7ypQ5;Rn%ue2D)dVwGwM$NmNZj})P6_wj?02pla6&!O^%_IgeQ
-C~$ER0|GaXO9M!gPTiy?V77!dp_UYNaoX9N`WM}fs<TTOxSaH;<eQq0_7W_MV#hp%9^<V?p6wXJQ^Q`uc8lNw;-IH=!5kgnh@{{wE)z4Q)9xQ5
-oK|O+nl9Ak<&aGFvKXP#z!~NpGejWw<H5nWi2Tr)6Cd^odf{#jw<<M|qtB1rIXP!U<f?e?EU?R@{tQSVB|vRDK$|QWZ<L*)?TnYCQv<6)(j!&O
-vFsh#&gU)s;V_XkcS+-{AH_0S=10j~5fRF-d3D@{+kO&ZQ=GMI-+zGH8PX(UA3G*$2cj&q=wX&b^qkP3Yanq4;0_rBbUw9bQZV;BA%A-4W)-&M
-AJW(8o;DJqvgVI+Jxv_BCR(XDgw%p5&V{&wxZGC^d5+_J-y?{Vvf%scL#={jKqJI_nz)2Pat&?5mg{SL)`Ypl%M}fFQt=qz5g)o5qZz4PJtxWp
-K>X{tUwxqZvdN6tt12;w3?su+bRfrO+F07XuJ2t*<(rYXqlhOQKnzgr1OPUG*%&sT*!}JQ%F%=@MXPnNfyCjZtBC^UOeNst!I8J;3;o4O_9?Zh
-*kNv0eVTi5PbvDI^PTbGoQpL+N5Eu_0QcqG)3QHNTK}0inwGGyLKo?oZP!3kZM$)6FHJk?a)S6(r13%x_UHic&w$;Eh)+@tTC8{1g7YcVk!l4a
-Y%4&)B+CuPEbrFKEzF0eUs;A-zP<1#ENkhadk!dh`>y+GYd4<sSY^M6$yj`42FVG8s}6!_(V1*Ge)=aOXiKBDlDcKCgZFL7-2y!hgI$@O1g^6)
-FW5%|(3F_BU4}M%J^rr&3G-lQ3bNYYjw912Cm0G3Ba@bRxvZ(mljM{CS>5e|%zi1{^kD)ckZaxrd6<9T;fRkyd%V86*DI5<<AMp^_}%u~1yn>!
-3hC(TK$a2JLJ3Xo_Vy(vC*iHgJWFeMQqOgD@A0fF#hjmDbNV(Jq{Cfo=l(mlpSSls#e+6KX~4Z@gV;&lnC{STqj|B-Vc*H4$wYM}2WbP-5?bOM
-?*#LJkiloH!|uyD2VCiQBdng^fX)ayEQVTw)H~f3<Sb0IWmg+=BeM6g;x1uYC%O%Mz9-utD>3l+`6^B21JNwT5^Kcy0Zb_7dk}}*$`0V(0;fga
-F85Y3#r25dkTfTKvxupJI*?x8(yC*n-?Nb@SAR*mb;mCob<!!rF>Bv|j`JHZ<QS}}nbWZ<F6=-p-=yW;`%8i^+03RFohy{EE9iY{UYuf#@JPZG
-GbWDQF&X^sp&>@Q-Z=2M?<E2^cjCe+mhy$Iu(tuR3ka?9D-RDwXpdxN3lmBONY5mhu@^&^@ocM4k-=S?a1_hbYfIEHbkIZq#+Yk2H`e7kdb7SG
-P>EXfixeG&wB>a+M!=k`KUsC-(^w3}>Wru4R?3}tElWZ-Vz<ePUW_z}az$pH3j+Em8v2P7Gfg7`Im2|gej&M@=85zMG(ik%mpq3_>Eh{h+!A^f
-DDR?9#u^OrZ8q)^q%FsBNN|O2{A6-soe~a{A@wQCkhW)N46ScJR|ufs!YYT=JBdprhi8js6}nDGNXHR8V*-saCA}o%`id45a->d>MPSYdz=BqW
-dK?yXsOueJEen(0g>|eY{XfZ-TifaSnR@UL5}$0nw#%}OEVQ46mFKtRe+K)!T1j+I{zSD=j<1{xQodi-B8vIWnauDP?UAL26&p~K^o42JZMiJ$
-D(j_Jf`80r)B_s%yv9cYQuxoxYgN=ObvMsgml@DtrZH3sRn5A}&=kJ@r{uIII~G%^1GObVNlK^#f~kO=lNPe}tnUnmOj4BFn+KUIX8JfVhJ%tV
-uw~Z=8vtFUiSxaxx9r-|q60=@e+y;vgH;DKU>Ds|Y8_?=ogAh4GW)@3R|1!J)`a`dM3&}MNtvv%NII<$SoXi_k>%T_5%5GYccx~INqW1)c|g2H
-*(PuVg*6!VFF<TO!8IvO7G5UxU)R<!Pa`ovgDw>vC!k>RXWSZ0bi~{wOCZ+-nO@_br*dXp6`>d43S}f`ZENB|Vz=?Qw`0r0A`}`Uiq*0pti`^p
-mmm(@>1hXGj^z^97+XjwD$HpbJ=$Y8#Z{r!EDsF)Nq|5+R)=&t2|q)6vz2NyA&j?qvxSEH#IY_}Z9kA6hFhUk^h~2srIf48qd}&>RBTm4O9BJ3
-wR&1(I`W`2XJOpSToeslT99`gH4GzVxw{O6+p|e-u{3wsI{LCzy<9LG;WT(m@DwD(mUn_oaMJh{qSq*JoGl;5AHFfE!+B@}3QcgKtMEc^**^A*
-i=}S7f6}8gYM<(FfL&=~q0FdA=g-UGi;1SS$kQDoy{<@2%<46yr}S%TDgRGxRQd;WrOv7!FK@7G2Rnf(>ZA8fU*lh*iNnbK+aOc8ZFWMoTXa~$
->Fq7**SoR|)>YZeB14*%@QvXWm89f+wXKu1E}$Ik+O{1HVzr^-lpJ*!)(c-s+bOm`_6J7_RW5g|TJtbQxO7;8rlnJ8a>Zi+uLXPBMf7a8iOje7
-sZYLTi6S32I1e%@>8oLzyF!_`<;JfJTNh+dLLJhMy19rVLhc<$SyPM8&KZ?w;}Fo0&OeR0r9;GfoFt{r1Lp2IA;KgG`HD*A+9QN){!VAaSu;Kv
-W?fKeFfm`r+9U82-~B4{3w@-_=Ju+GSc7^ajfVu1Q!cwuQR<-)opeGGfCY3LW-j-GbGGt>tvFc`Q74Z1s}T#%Vy_2e_<`>F#Ox-{hQr_eQAG5x
-jilfsFD8YpPg5IHVfS|)z63jd7dI$#d~#kaYHJTsb>#W#0g3W|DQLm?C<y>Sl7$WEGW{35er~{?IP~>t;mS&?ujO>RWh=ybnuhrw)v-vg%|XtF
-_bbo{n%L&T*l2|>ob&`ctcd7%Rm3tKBi9o1yV&je?FW~^Od_&J$MGwbtkb9G3WQm;-m6Zv!BoT2&lrm9a;S9jBIWkCXS+A#Q)(Sxbv#bjdP*i2
-kxvQjjH^uFu8|}<SCg0*{I?yN<eivBP}ci;Z}w#nQlf?LQ7}v<QAde)*2S&v?;0}hp>}Cj>o-!8SW=3v8{h~`rpRW=3|kjNS_#`>NUq&8G!vr|
-7tTuL-`<#(+o?+vm2&=b`6-Y1lV+bF?@xb68Q!j?8Tj2Gp1LK0dLBouiU06ME>h?a@eRk>KIrum9mwlU`U`cv5=kCt<T%R~8E376c3>(OYTQ*=
-LG`!^+~C^8j1x!-Otlg^w<f68j#1;X9H#qXH&Px-hJ9dEevSK)*Qzmr>CED2>`OkG=i5RKB7V#Bse7`)Xz(t+TRBZ~a#Jw9XN4zmwb`l+ngfOY
-<kIJcbD_bU3$l#eL<hOj_*_;L!K-|f*O{Tj2Uk=oij(kFNV!ull-Bnd?Y^k3ga|JB8j370^Ulq-b9_%K=y*KJz%lh&?upZc0AOY_3;0Efks0!8
->XRLXS?~ehG8#Iq6UFZ0@btpYj5l)XC^>0~u)2fCBRA?qLJ>e;C{v^t*TAhEA7Q<DuW>DUl@u3^Anh`qtafphx(HE%;NfJzV|H@wkn^KsL*)Z(
-9DoX-f<CFGjtJ+e9T-0>!=yg0OCpqF<gfy-#5<;;sY_>n0TaK<45yd$4(j@Qmag{h9$zms1@Y%f=BH6CyKoD4ZFp19wZ8!cu!1~8s||o-;zdyy
-d8Tar5>hpG69&)ZliN?-J9%Y<M^%=PA;|;vI^bPLRiWgOUiGBs2T08bg?f4pt0TtH_k!DU!O&gY>_pqyUrh`XP!(Hpwnq6IwjTp|gZuSL_TxJ#
-;a$$D1W(u02>nR|DjqPf_Y1OF&1|U79Py3Ft0^62604@{{1HU7Ml<kaohZ~KE)Dcv-cK`V*91EH1ckhuA5hb1gA*Lmi8QK-0@Dub>BaIQ$g#K6
-vS+D<y}_34_1rt*jlP#p_VDaH7f9Q~aLMMwKoZB?LloFuP{$;idD&*BYp*@#1hM?{1bN{SBZfI@OMXTa{+S697FJN2();$p9JxhNm$UAP<Wc-s
-SH2{0yYsi<qXg~h<9*>Mz4@QeTlRC}ay@S{<3VH%JV)Ldl;(t2peuiKW+OiynFqdfqoG2`7EVUY1~n+*ASTQxUx_haW)+B~wGrkK2(bwV3-ymA
-19Vn8eRUE<M}N}FJye^xamamUHREq%eVPd47%a4it=qI3^s*@29hq|UEB(VZOdm~NI^-reedZeclB&`+N|B(-^w6^9kajg*SOfnMa{n_Ujr(yi
-J`b&1yZtZQh-NM6OyV<i)S@evr~5L_Q6JFX3|UdAY*~d`-e+bc@=YlKZD2f$Rt<ATD+RfD9KDV4oaWa(W|T^WCdEV0y>lWJ!(#DM!N(D&IlX>G
-G8$#zcb&B|QT@Ip(3-u*AO^i(v@9MTDnPe)iAwWZFD`IWjaEvRKr%3F*j$kFnzLUd_pmM$Gw(pZlmo*@A?zKn?zM@kk&o#6;Wl{c@fVz?NSms(
-CX_sVP6#GN0YY5P!>&q(+4>A*XB#nEghG%*%?vX~C8XQgBqJ=Yt7qTE&AjFJ;q@n`xX3}K{DNo}(|I7O#VZ7Iko=`;nNx=CB-eErEDFN<SYA=3
-7yYz5fj-8D2SS7x%RpUV7(2kma|x?;`DP}#{Jn4er?#s|bSL(<R&5Pnj2sw?-y*|_kEW#EAJqyMA0)edCoD=%ZhgUN?WJ)@r=~|(U4R0?tl!)i
-(hq+PU7ENl#mXSaAs#V+XyRT?#JX!r=+gT3Ac;vqQa~|q*07k))ji-W017{ULs{+fB-vSeYs)&LapZG1sb(dmbKZ+%WO(LyM<T^m2Y|Gdfb%Y|
-M?&5BKpQ>4F;CxTG4eV@_r<o$FKD1isXBPcOO}u~LQ3czUB<*vlsHw8DYs+`jW*~m3P;6Mun)gF17AKg$ugY3m9y&|ThiVh=m#eU{yOBJ7)9W-
-K_EnhJpgLZUd41(=-3T8jMYgo#7@N|0ZJ~3Rk<oGE+lIiWH_U|7l^>3Af2)n5%@1Pf2jC7Tk1K^M?r1dgivHqR4XZL0s;;Kh#gz{78xHUqxp5J
-ou<ze1r0dMq%d@kVZpq-Iwm<+txd`f6D4}357`xz7H=SzPUb#3M--z2lt^;c2BP#r%GqF5^LzveG_i-ZCSF^~3<3G8gXf>yGH=w*YGe8^lir^g
-1UhuATqRKWH9`%-ypnIr9MGa$P3!Di{q91!FKTVv0F-6G{nwE}ak29mA(xNMdzxb7g*3biOfTckwNL-0)c7G-<NqcXvS*RJxd&+|KRE}Ix~>L$
-v@=i*t4??rrOCAc!6Ig~e^_(ZLqJfCBwEnxg=L%<w}OTZ`%GFKG3dE$^0)aY37>)WLbud32>pU=DvAPiBpF-y%9_(RU0hx{byE-uCwJE){j$l&
-+d?iV*jV<O4oZvCj1zLjPtWE>pWMSC98Qu{h+m5TV&Gqv(t;^J`zj0=rzUTL-G5xX19mA^2sTfUjn}1_Q47mESwRC<28OGa%x<|@aB5XHJhL91
-Vd(r^ZS&BJcQ1?9x+@u=R4#Kcp$AOeFC&Lzz3#M4bVccFk9J1fVKT|B%uzW)SXPq+=L`x}SKDeLSl*10F?zMya{GSEyRGs3rV@nJ+8C@vA^G;&
-@T+RLU)mu^SV<z|u2;LFOY1vex!I1It)G0s_*9Ac+2g04r=n^3n{Z@{kBpMEgxJzD;8f12-HL^TI>{|f@dOk^t|0ed7B_YQ783lMy$uKK90XC?
-yQ~uY-g%L~NhvqO)QnO4x_t6iHyfvHWg~;o&S`LwbI;2#btO3_FKiA8QkRpJ61%+6osma!DX>(c98bM0pJCBTC+h<ozLaSb6{~Bc={I+$vI>is
-RqTAmA{VxfjT95q{eP?c!9;?V`yvh*H$wd;L4PaelI3^gI<HM3@my5MJMYK;fcQq&bM*ydf?w5)VIqrTB#>S&RlWG?KSaTOqDewhMGz*t5}WEU
-CJ^Y$9^a>-83PDffEY(Hv?pRU946=g|2n{<u=JHnZcLm7KE?TvYS4!Kr-)7{WIP*vgZzohva3>(j}xq;SOTIlj$K*1C&(I~^B9gu@;t4Cd=-d%
-*FFf3;sv;8{;vkqCatP>h>Al+{S!_(fM?hmwrY4VotC=1RTCjmJY!SD2v_+M@u(aUZOT3bu~=YC#h^X3=aUmZgW#V3D0rW2P;`wIX$iQz9j*W+
-+8z#K7=6?*oGaMwM_z1Hh8pF~;b?mgmg>;e`b=y)yyW$~G<G~YihX~`5xc7|EMxDYvSzP|fL)^7k=pLX;=6Np9Ra3PlCt#Ef4g?CJpS%=*maI}
-*i{s2#eK7^arF%MDqY?2t2WV4=<mr}6DGP-p9N{sLJ+OJ*Ux$f26Mn-_jj-t>yV)}Yres&$j-I>bq;)?BH6sO<yVka9)6YDv^r`sqwh92x2D2T
-25uqA3^s2c$IBzCkk!^$cJW*2rxL3Aqkq>wH0sd+#4;?bn@4tXvX?`C;OwSJB~DG3j27CADP!pbo(IE!9j925zle?wHw4`0CIny`Ay>JRT3zs2
-SdLRBlvkexbT0Z^JhHrbVs?F4_QRO}<*-Z|Gt??umn9fKvHDpuA@|@s@$$Wjs*1g{E1uPy^QB88PzJMsIvB&62U5PLb&Iu}8U|GpLEc1Ub@57-
-b?T>L`4Ax=N``K4FUSh`G6W3H4TLlv(w<O~x8jH0T-IXhs?%ruw@rY1I|+E#UO|jUy)RrU;Ys)ha;45dC*SIh29Zsr?5exe2&KvmNZeR7YKIW7
-&|G=o4tdoBxy*cHrqSf7R*i+U5)DiWOGgD4a|ii(xo;dvMBTFmgz4xly4+uA)Mty?KT{5$IqLH^Qe5(|MKg>wpZJdFVD8UEvf0jawM1P%fmW}V
-@6ehQv*U_`M*Zo>eL10jZCj#_Zz^8y{m_jTdD;EM#r>BBL%>ipp*i^xcES^vi%F0A+X8xEWtZSTfIRfFTgn6$5;GB%7w(O(DYOJK%xMUq9m(g(
-D58vi<n2xD-85J+g1BhutMaO{egq!xHVstNTn@WQ!X<`(=s6_~m+;`VE+{a|%QoTl3z@T*WZ4xq`jE62Nt7eXxPkN8k9k@_rG2^AE0Bn&Pb!lP
-(FiAHh7zAmFG_Jq`{&CD-=lF27rhWz4GDB1R~TXPTn-(SLrD(u-A^QGH6BaBbb_!hI;2)BsEKX@s6OP9t5O9a^Z9NAt<@Vl;4Pmk@CNeLyStq3
-Xx|RC@BN`KY5la7YSznTZ2ita;(sF6rVZ%Fcse`g6$sOT@{NLV1<oM8bLAz%dp+N=@MlNJ90h7S%!<8>^IHD`P#37*FWVaP_VT?opmb_^640q%
-Fw85I!Akz5T7&Nr7^~Dyn;}4d8Qd5`ly?dG`p^R6O(l&>ggHON+SIJ^J;t{rtuv`7@TmOHoW@xRn;*a5fw9v(MXSl_rDs_>M$NSOmh%lb^a3iZ
-&wIr{(DqIh;>!=RWeYwBPNVDJxzJ@HsbqA`RKMqAH!N#t`B1;s?)xE)LG@aYbmm<h6M^A3P{e`r$33$yk1m7Z2a;Hwn6gSnQ0i7T{}j!UCVmRa
-d=63@yd#6rIt4DC>@9Kc1WSkVZ6dw~x|d(SI%nZ-AN+n-r0r)p_WdyAC+x~0MtvAb8}~NUBz`>os)>PUx*N&H#?n_D3uZnm&u%~yCq>p0#nMz3
-Z7P13t+SC+W6H94pyM%hB;I_`I>O9qbnEMdUy0o6aXR0)lp#Hmu^AivQq;4o#&+*{C85ocMj}x_SPQT}jKH@88B<e`TzP$vt+Aw>ra(Z9ftC}5
-;E*4kj(xtA*%@z>_ppe9YsUd^`~aZXmVXEZfds=!wJd^v!}(9$L-IZjpGU)5A2R9kxNk7_VW~1@SHfdX72YDd(q7_lW2hciWF=n>rZ%Ll^K=V4
-)~hGh9W{G-W`0Lh4WtVo@As4E+?#U_0&<{a4>T>YLER08S=g3v$soFOz-&sNXv0fWfWJomz5(1((D6(KkU%y`Sp#>ooEWE?8qN}*`?e)(<8^nf
-wa6MRLIO)E{_zK)qneMl&ZhH^0n+~1!B48yM6%}#*HES(Z4U>6IFIz2D7WC-0Yt_6YoF=XG}o3YbV#=2cR>Khm~8EBx+=CjQ1H4wWOEOSNHCtU
-Z)#rlVoHK4YdDbW5<l7~*h!XD2HW|WBCa+T*ijJ)p~2ge>8p6*5S$(kMGl{mr?<Qp+YBX(MU20~GQcWsf|>mD=8gz_2zF-F#rcYE*4abZ0U|w-
-zLAOcbGR|tfLpLrRX*>+2c1&Q`xgMoNCAXB6zD)nqqPI!p#K3ZdF(9|F6Z(P)d*RLXB)9Hso(XE3NS|nufUW>2dAn2!2+c*@b)CU!OL_wDKdu>
-Kwmv-OZrw}QMexcX6**;txmx=&#nxB;2v_hp)YMhz?cpUcOh97X(h==phU~D?!iRb4*@~(FB~ZCc3kn7f7pu32>@;znV+%#C2-iLDsu^#ihHBI
-&%~cbT_<G?&pwtv)dZ~?{Y1bdm-f`8*ww#~=i;s)hmX>JAd<i%-_M8_A5}%b%Jj<_Zoa+K6V65S%5C;PQ49Sa{m9+>GE;dQ#4SH+^)jNxL}CMt
-YoiH~F?JpLO99s?-icLM#^qD8-TIxOk=+^6BkNq}x7ppR&K8PdN}>M=Ew8)$@X;%uqLBbT5q`S)Vd+5`)fZlcb&6qom0U$t-N>T>I(TAdXg1z>
-lrQMXTwir)OZEu1@fh)i4kmYBn>yVm%f<Ku8%;U3|Jg$yYJg{r1vKO=kTPgVf$)Q6mP2N9gY0oi=HMB$<V|lRavp*$jtk1%OsTFn?d8l&>0}~b
-iW99e!0uceX8<FNf5|gWLD1Q4GD<qtBgQpV?*wU{0a9T4ZCPO0&P^KQN24s>9#a$BJ`pt$5kEA#|I6=&N!N_M<UkOuLkB?wl{|v><u>=#CP_TP
-l_gB?iB&Kc0op&ZyPluf^o)P#VXFl<F^=O}u(4?|oZAI(=m&v5cMJSU7zh~t+`*T-l3B7EH3U6;|7o$$$cZ;ChIJ<*erJNXg=xf0>(z=(=P}^I
-Xh7zoMH><hSxdPXmQn#|n9YZ<8bhagLlfI7{k;s2exa);vQp|hH6NJAO$m+@r5iZrDs^5v&R4jifySQJtC9AM-X@vG+fJw%^Dt7N($THQfQq~s
-u(wJzQ9={eZS0-t5m^U;1pscJz($AG!T9KwP-G9Rg(vHK2!>vs%LJ^Q+gS#oIFYjg|JL{zR`;7nlDA;s(*8}fEY;-&Ppay>tuPfA4|+J|Fw2-2
-Y#D@G^$XHbm%fku@SXnO1I98fJRI=@;^M74gOZlLqk-nO^@$_2K}ig?zgn%{tXCUnjK;ckq*hm!J*Z!86n)U9-~Cy@=*dMvE7L;~iF%PE8pJ)T
-;1ldUXq@-Z3TEItP6^nj*i9pA2@SFL@BAC~M-r2#*dgxRYL7eR-6$THOq_S51Nnk$>S%B?^93&F{5G0M0?2Hz>NTBMD%6WH;T1dwfsUiqwL#a}
-GZ^+y%Z!ile19$P%A=DT$-*zojx^3?LKq(=`8<bKRIy`95q&W}+5G)IxIlOW(~rq7=pOxUnbSQGsKF=bp77_aACPx8fdSgHKIr6mb0bc+n8R3m
-l}h(56<2vUP*<+{Df3(I{-pp5buqnygsEQN^iJmM5k&23cK;zTX23HvFt5FB>VETRGOFkfdxlgybZ^p&k2P3HNhrW6r;VG2`??k7apMQ(B(xlz
-=ldNaLFK>-A5$csU>16Zk@!~ke-pSj?+Lv!Z7C$TCrG!o*!(=f1$Gp)k}oD8-WEVeYTy;v#0Zui_nP9XHtb2CVe_UjCGH470h+~+si(VWy_7_>
-@ixg8L}1tnf``TRaBS;PQ|7su@VVsfWYAEIo-1f@^|BDKR?wBcnkGgceXifM)0j<}I8cxFo(*%|=ArNWU;oNDWj+
+{Wp48S^xk9=GL@E0stWa8~^|S5YJf5;g!j?NnHSL|NeG5=0ol1mqd{R%3<qfld><#Znr^D=3bmu0~?8&fm-_01=s`*ZEV?vj~Yf}=stD->(f(~
+so@4Y1`Et`t&vSeeg%A>i??fDf30#`q=f9^bdDHia+yqVi8(aqnz2nC@mz1Vl+Zfb3Vk#xm~qB95P<+JTsB0?+2^6}OR=8xmOiX3Pg|4rz)^r<
+ACGTVUpK72n}*)2#zb-5E0eSD|Bi+5mPI+>7By2l4un6Bx7vS&Bp(_P7CmFC%qfK*!wGH6z_vL%&r7;s07Tg^``HI3D|2rN8a^Y$e}G%00w0v$
+q#WW`?(EL<84-EzDIGR}mDim?{0|KM_?vmNTc@E%_JZlL@ek@OLAUfBPO=Ern8FKu2XD4dUz;Qm{u5og`+@DzpKrVbT8WC?+7l*)N*1&Z!AHE_
+W-!D8X+9G&ijil1r7<j9y8<E|Q{?1@{4b`DxjDl%-Jh6L)N8=gnMVjE+JrPatu3BRX|cFrEl#K;?#g!)wWs6;wnZs~PQC*PUm|CDlIslSjE^BN
+a*tGPTMaZNt}Ck9Tk5)U7*Nm?5ub_=Mx2nTDu^NZj&||4@7(oXTjov27c|$^IlouTTH@<PMi5MA0a$C=6dmSGK&Of`&L4*#c;)7QHEfSlVSqq_
+7hpKSmyP<}59jto|4>i4PB^D!GFiM}dy+;%mtdZM0-mb^#pnX4?Y;<l?i9On$8kuE&0||vhek<%UaLNR2~Q}3X3g|Qw-HF<!l<w%R4ZoN4mjJ8
+t8h0y$xxUewq^?NSP<v27%KLws)mo-&vqOW;mv&dWS#a30jH7ozlH}Y*8Na@{=|5=PvQT_$V1L05`+6~nH0U;+a5q~OA(Z2slk+%iH%Bm-b>aH
+j2~>P_`6AfkMNE(RUh$ir9apNgV80dA~1)WQ`d*~!lw^Yt^l`(8zdayDF63tWHe7#a*i%T^Of&K2jLZc7xaKKqY$JK%`LY)l<PeP#D)cD$=^m3
+teHbpu<qDwXvn`^^ELnl40R36mw<^99&c~}E)XGQ`>hDjn&$bztNqzXIo&cx!}$;E$UOOoiwPT>%&+=}nseM;lu$eI>lh2J%cJKp2jDG=K8)_&
+{{?A<V5$klaEo5Mx`G1hcSqsa%o{1`bvZ5h-;ec^{!AUXB_uV8eNQB|SA_B8X}oHdfVBAl|J*?X1}XYmvkbW7X-Xys2Qp%IsB5CV{A}1>g2}2o
+PA~2b3%uqrWp{X?XCL5-$$VSwW&_RPSu@6BsLTd)V#Bd#v{g)a^3WdbsG36D4dtL00AheoT8`JQkB!_%ztyJ3Mpal+I~XpTg(b0C`iUOHDw%br
+Z^p6-;QXOBzxT`*0s#nLHi!5aZUe6&-;y~>{uLoZ<u?EhsK4n@G64mhnQ-%<gWfi)Z8xG7cV*Z~dme8hQV@u$-Ol)w*p|Ch9~Boida@bctFFqb
+_JGsKw6^6G5VEU&=)UdaKAOjD_#oyiKi0a$Y{wwj{U&-1!NdSMHJ{>Luw0W(RQ4jk^Y7$yLsd_-Jc09jx3L@b_1TlCo!bfCQ>^|gUo?F4PLoeb
+c+}+Y1p+>bq%PPO>?kVvc8w;@!cp5I`Lqa3d~Vd=K)W9+%PD=(KFZ0ceava$a>Wjzc5;Z>g+A?K7J*hBYeh6Guld>Qf6}hQ<|z`BQ81HG7NM6{
+Yt~It1Np@LIr!wk6ZTWR#0Wd)CQf(_#C4~4KCuI$QLqTxs$q9bv_v~rh`kD{cqvQ;)O>V(-6MKI{#p%%^Fs}CrXrP`Di4`(fg@S+NxQcG@!!Q@
+)#kr$!eZOOk%5EV8PdUG*tV{bIJHMZiI#94_JdpzqkX1=*O7PnIxZpYec=i}b<%=6U5ZF5YWO&EBJ~FW|C$&Df!)^vl3*jwyXfw9_@V7So^1o&
+LjD8{b1ZV3vzOlr1c@weA{^5@u=1w&56`L^{OeziVZcrdk)f+9C9~zGs`}juNKoOzGvD}IOSLt-{=)aSvq&kV9_T4olp<S|(jLlD=(*o9qha`X
+Fc-t+#m*PUI?b?(rfCRW4qB0xED|=f8e&P^=l|qla@L;u#GeGX6ZW}~u77qX>h#GiGi?x>p`*}RyN;2o=3|s(!4>H3&D&h2_%Ne!+AcTJ_kcrm
+5t|5T2`8g#2+VFdfGeutj-qOAZ}3!43m;&^er$T+ls@{gSk-}jB;OEdDKFIWc++7OUqW1@QoGez$NH6N5uPiNp(ci=Xpr^0l2QvHUTQ4AZc8F-
+d5Xry3=eaGZtovx-K1V}Y+yGl!&iCO$an^LD><0aJ;(o2Gt#ZFucu!_>?-RI4<tiK#Ov?-4byOFlYQo9TM2#nbDJ5Qft}8H<hHw9WnnmJxaH$Y
+WG0mXJn+H^%D5(4T3izdbeo9K`=ftOP+2N7c}DXkmnPh`{g{ne!Nm4}Y;p-hQo#3eQOkko%H%mx5;4ge$R!}SGmn%+zSU+lw?sCm#JKF_b2@L}
+lTI{NmD=^lfh)6un`;_pEF}$}x)9^={ussU6?DCv+vhLc?Wv+Wn9KAxykIgapX+Tvl7@=jS6IeX=}9bl{xCn(=6Bf)2fT+Yn>&fJ0?n$hD{R1D
+ax9$p`1+~nO^Syp5+8P_8&SfMSS(eJP#_BAd$pz?CpU$0F*A$~Wb0Xu4`z<AO8AS~^|AKnP$x(FZno@4A`ujZKa0d=bTCnYnX>hHm&y7DsAiHx
+FCF_Ay{!hLkU5<*o$~k9j-cDH{uiKz`(p7!HLcKO2zL0A=pPYMT)~7x830p8!!k?kD9$1Z#!NXfXp<VLBI41zd8HAI#v{;+H8Sov`x9#)nxraC
+|4+UVq8VM}6a8d<|FNX)!%tZep7#_Hy1eB=lC8d)^EJh@$-6JT<_Uh*Fnb9q!+%PK&hb@@7Kvg!?@MP+e}8)$=9BM^3UN9-P+v#JH2y8H6@_XE
+QWj9!6Mba~WHBI5;X2-&C$5SRbe}g*U{*g=M_(Q&+w(w?Wg(=Z>U$@G>dOirQQMr!uAQgU6gr5QV;fu|@5Xa88SCleoHkwJ!iInpfTo1kQR{72
+HB3_hh})cH(x?`CpnyH2b>lE4?be`kn24Eid%h+1pcuF?iR5qwR}y}&vsgQv;${ObD;3z!CGbzA!Nn>CGjG#5CwkF{Lk!2uvm%?k4)+kqbYUjD
+AA1QzMCe}^Cl2j0CxyS6Q!yG@1B`yP4c5|DR;5Lobe$OS2k8o|p%G#|u;a{FRPPXtn*zZDFW(PU66_v_@L}O_BdMnjF+PKHcIch$Ldd=}ouOUg
+C1Eo`nrR9dM280<v^w@fLay)cs?>I1dMP;s11@H~M_=mNe^?X`=|nqAOleyxNHU)P*TjJ3lI=QB0ZG+M)PwqLHqJh_S>Oiz&Nufl<>oVNeaIsP
+s`)mo8j8_?(5F85G?6x(L`|^8!b~A--{&)fIEJKahKa3`*N?UzE0Q{OZ|2xJ@|&>sqE}C*N(w)c^^T>yV^JApbWQ|xujUyq%k!(yT@=O|9%mth
+2S{%t>KrnB3N!m$Cp+ZYT5R*w5Davk6288Z0@qc9J!9~wV8VuIkBXX7f&adiJ-=De?BZi4Pljv{+Q~|6Lc^3P?D*x2Lng*={YryAfdZR!3<f{m
+bq4|ryvP;5PV$1{gAlAC!wU<X#%Mm2;h1lT-D&iuCd>lWIG-n@JyZ>n3+8|HY2yKgYLQahW#NvGpO{XtfMgw{7T7B)oGxE;4szyUwEdP4_Z|uD
+nbA^@E|u-t6w@+@Tils)P{e1LY#l46>0BYzMsj^VULAF=QMY52nVQ_N^%+<1jBZ>pm@y!ekN`QRdYxf(g?C@zn3fMn6e1fDfF67J;hy>>Yy8ys
+ptg`pg}U`D!*}hF^(@<x##*-!o$6&jt$l5u1q8Yde<NvU8Tj&_2^Ju$VA<LUcA>k-vj;qn!=wJ_oFc~AXSQT3vt||R$d7q&Ez^;i(`itpV$K`E
+=gAY|NQyg=65wggCs(Sn^po>HQ%lb%kwCpB)mNIkt!QH(9c7bjT>5rN3$H&O-o8$CBH|J8x*4zxu{ir&Fq+Wsm8Td&2Hln1!dC_LZU(S(7G$1@
++o#>L!yCg5^pH}2)vKmMjY#H_Lej;7!-JI@|Itm~`o>}G8QyWqv1D0j5Jc-xAC*Z*@-wowE_wr;N-01`ljFxML8jOtqJf_%g&a#!{++*nNo}tw
+J;2D4P+F|(sONxd`@A8Lk>HFf`8zV&WaHU#LsI7r2YKNN;GN!l`ZBY4g2Czxy7TFh*CxCnAJ2noC2?ra@wi>{LpCTa@;dlNj?+@_(RrtCC6{K!
+e;i2M@od~kd8#T;i7A!57R-P;?shb<Q=tMN^>MumER2eP6uA<vdYK>taD5h7?@?^7&##qQ5~jgQm?$#)0%Ge`M&2=i;H;Cq+Ui_qZ;;8%VW~l%
+J^g;}bc+=nibT4wJRzf!HM#(MHdFbUUR`3k#FX@$h^HU$;cEaHQyFvcDe1Xm;oOhfYyu!h;2)aqu*+xR7!-zcgMyWd=@!JKP&fcPIm`yavy35r
+HiT?Zn4BC`)x&I@ypUf3q07S-iz13(0!EU%5a`t&Z45&4EfiMK<VXl~*s9+<2C7RA9t76O->Xrg1(2L$NMrgU)S%9LFC*&8XN#*TeMcyZl#<EZ
+mah!;`K9T2w&Ivgkv)Bp{EKwOAKy5mx?|D%JGiP2?J?~r@gKwkw<_6}<<|s*6*m7;XE(wv9|EUkhOP72<hC3$fYgG<KGE<8vUteM`!6FW<8)vq
+r52*&8Sa9cIG|UQ#Gmh3$h%5pPg8z~&Z}vsj9bXkdwK13I<pfkp)gA|@<RBP;arsm^lUTEzMN8;CO_mZW<M;SPyZdJshlgXzvZSFeZjMkA+5v$
++d0N680nq^3EJz}a&x<fEFrjdvUA)sh}FWY^pK1<au28d8#h;4TA_W!4#M7OpA6XL_i{4DBn{$Ws`4VtjNcjH6#l!8doD#huuDz7in((HxrZcH
+L5XFcn@mt+>l8G1BMGOM<9St$(W;X7<^;R5n62NBDJhFn7Dw*fIt-`Cj;sWf>58p4t&=cwi-%&7-9%J5J%#MpQ38I3A(tFYL6AS{s3Zwl<_+49
+6sUFjVHA=G{5XoA1C#CnI8uO--sz2_u03jjMm|sLmYCrr)HxCikju>#G5!m9S86gQfp~E~;yIJ%p8_~w3gJM1x=6TT7_i1g|F@}~>z|q5ot`w(
+by#x3wfc_BIPm<tg>=Me?y*D8Aya#G)qh5-a+vqaTkm6U9$ZpQq)X-e>O!nn>&(+F0SM=A=0Wyt@EY0Tce0BHCfY<hJDhKptbg6-qcTVXy_$G$
+L&YRHs=5;2y%E3`yl%dyIUkx|eGXvQOZv5!r-G`XSa76}1i$yREv@Ju^c&$|H+6FIx1TmbByhm(sI{$2_NqPh-ALWaDR{^~*=>haCc)aY`b)|!
+s~`I~!;7~e3JgrSkgt7r|5sfYowtSIf;JFks3=bv*8gIq6bm9pgYCQ8KzKYc&lZ{=PZEC*^mlhKWDJbJhbEE#buNuw=e@1M&2#6O)d~l1I1{QH
+2a(}I(oSxCX;Q5|PHY9a*VJchDIw?(L<jB=&9ajMUQGq`oew}oTGHJkT~t{@LNmNIq+<NO6P4UYfZ8Gr<OFB;L4!YXTXIk)n{xdm41qd?c#t4d
+G!~0;l(WB=#8o&6m=4Nd-ABJi{URaOgHr>{-~%k!kW<t5tO)61A$UcvNgVQ$n&;wq12{!V-adZpafa;k*`k0K=gU@NU!J5lU0kH^{pRBVfY*ST
+;n95^n&|fXy62|F0ALa*@F(5ywObgXR_%ck_vOnpL;Kk!HyJ^oYSz{HDjS+v$nIJUmNOqujuey%iC<Yt-;kdLg~<O%kdH&AJf<+>YVe%DPbgZv
+n&gUJT@l|Zy7fT!+GXi43+Ex{9cTh5KpGhbl}9%oi^V{1ltjB7%Y&DoI=({kbk9IITnm;Ut5-p#!dIY2AN}U0&nJKruMm)6kT6I)(X7yE&M=vh
+)O_?B{QC-JOreUk#M}S4g9g|YoJ>j-pfE^Qn_|{7?MK5-h%o2sL}{1hY8)mM`Q?J2f0hC*`0+YI`_v_PyaU<hQ(oLR`i$N|azODMqx#i+%@|9;
+ipOUkBRN(Le(CLz^^plcvE}zyqwSGG&nwy7)e}-6HZ@>A-U(}w#=tgN)WcrW5xuKJP7k0SZGCiP9a*YV2oz4dr-|-{e<q&c%%MC6lTc=Lq@hKb
+HWW%vQ1?jp>VO94RjC?;gpy2-vy{^9yEr-Gw|L?oBuJyUFd|(fiMy@&wxA%*KeXZx*Xw($c!!9f^nFA{7}|`*wX3Q2g-`?O?a41y6FrGO8^Y%r
+#6AZ952r-n&GP_WMZN|^he1=jQcb=YCs`sHd;r8t7olWQ+F8x!Ke={P+s_7;tv1lg@4(UUMH-SNo0tj#Sf7{$YvV|a3BbY&-#-E@wnC2Uh3IJ%
+uHzC%a5ujWMiXwsor0%>lk*hsERlJ?_tbPM7pJW>{350a<peVVsx1Og;0;gO4_dzJ^syIc^f3v&!DTYr#eTR3@TBp9&*p8u$2@b@GyJv7Le4N}
+hdsrDn8{=$f=Kd?jCGM4N(q2GD{lD4ZkCRN?=FfVvReyCOmErgQn~ZOpTBF><WzaVU|1carIEkzZJ+)x{W}u&PFe`!h3JGF!RrBiKN@f5U&ISj
+57i%w&(60x92@{$#Dg`$G{q!7jiVX>W$swtLM`52u8k%6<sFxvTf~qnlzPm%BD5eh3hqmpMDdtTO=oRUy*C>-js<*IW4Qo~>bq<3fpMyC5Ytl@
+565cIk+iUH42R=p+qdRF%^|fG%NBk0aJe_Yat4%s`Z{onnTVltZ2ekOb}Y^B<y4}uD*7-Wf$<68SdLc;A<~*a0gR?4CDKoV_*n9h6)=t=QA+u)
+cK+LCp)>?(j*`9H)DIZ(w@VjWxovei`8C1i*7;`!Yivi>=7*mAxkaT1eSAv?=@(!KwGoQH?`hur%n8*s+0Q0KZm|0h5ydLVAMH1*z2s!%)h&Bq
+vysqW3@_@o9tSnf4vdtu+VLG4a(qjxmIPKS4Ui?r_WtA53i<1IFdaQv2ESz)XP`*?KHaj!;`9#@W0#l)*~ZbO^?z`HsFB~P;prd>xnv=|w{C7+
+3wskqbo44<1n~Oy+t56tcgiWxcP~H?hhWHTd7vZf53h?(V+ZR^y86PCQoxy32Oo^r>zXGgrmI8Wg`4TUPVd&@ML1AGVQOxWHA*H-uc;xL!`E*8
+-d3}&lyD!ZVoXQZoiivPFGP@M`_BYqsp3llob~ymgS>T~7Crr@$_?;k*%i#t@o(*H6NT%=^;8Hj-g2`>)Q@D(4WS|VV;fTR%Hzjt+<VG@^1e`;
+H_F6)>=vOq&B(K~)2~G4lbdG|c;i-6dRL5gTaSoQxsZu)n}hph6ImFqW^bxzwY(8i3sH4}7NHUFamlqx+apJ?iwh4CdIgY7fY0o2(CPIsEbCNA
+1@v>pz=`jJ#Q^AS=^OXdVSF#(Q|KyYc#tEPGtEw%b)3CQF;#qB2L$C+P&0*u12)XA4T7I<<g}pLpH*)q?KXRw)}Tq3R1}eU5bqi_V=(xUN_270
+VjlBtKax4$ww5TlL3mZ+Xf0zugGm1LG=_ca0pkG|3aU_o%vRWH=6HfB*ZjQ=xINX8l!ikBB_s2oyX-R}7av|Vr(z=f(SY1@sB(uVBli#<ly=w>
+Bu(wm41VTP(GDkvAk1;u4l>lIkcc08#v+HcI#@Q62K1JA7t3?xy{<if6D6A4#yTJm{`aJr?P1%6C-huGOufn3_6z*LK*P<zJnuIWznF1X2rfrp
+klIK7fKXzi0bX!1Gv^OEM{V9D)7pApM#Ten`!hEZnfu@M;tRf=aJ*6-Wpn3+p7!;_%utlxy1qpk$x4Em0I&K>V6+nhT!n4VRB<+hTgENO(>zg3
+{pZa|v=GX>FN(r~2raW7kbl%TYz!E>OK!d34aEl_93Va$uCSG+`qSmDx(97ks;vH42zG>LhYDJfDhNM~y{4X19MD`;V+Xs&0#WkpTrhR=bD#=j
+puis1yu4Y<sz}4fIqF0Tk?&Jsme|!G9B6+Bx)_9hgIAH2$L-^61@-CRd<A1VIwDYcQ746n7f9tg|3RuP3XM&0=(@VhQryLAD?ajW&3p2J=KI$|
+8)+BkMtN<BZ6gsem$~MX->m;@pb|pa>Y1u^sUWP1!^Fe-bWQfD*U#8i_+j0Yste~XJ{`t_uI|2G8q?R%)0`dgB%B-Mm_rb!8?p9A^2O+R-g|k`
+_cjv0;O6<k>6|-HlX>mQz$*IQ0b0%@)7xz`iWi{G4%(1@dMotT%A)o#&iuIFKqH0tADGyru$San&X&wP|Idsi<nKB1Ix^^xRTFZIm_eLu3AeE>
+j0<5QSmwF>Mi1b7Wq_N7f3MX6q9%iCW6SG2G78=FCJoWo?6t~U;3;8-bdL`pY#nI{PXy|NG3+^ieR?DcQ2gT!BV03)%DHN5l!v5OymNmSMClCE
+!3bk9Alz}?+oG073CLHCv0We?F$P6D9B}h22Ooi(zue<;z^pUqtiSEsG{zB`uP604Uy*s%_wb+y<yWF+R=V%Q;)f9Zg=U}}pF6A*MpU$loXng@
+o;-^>nlanPf+i{3m4cTl>&6Z<f~l7%^5S>$)q@Spy|I0j3N2AvrxIA#I<~RAXRl(k{reFyb(X)C)@in%_BqZo2(mTf-wyS$Z=Z6`zV#hzr}l{r
+Y+<Agfus9me0mTV3WLfgEf<m5OM*RCq}26nH#es9o1%Qt$Li}AUHF$Q2;mmsi=^=Mq>;fhE4-RX`3FDkn99oDTztDrl)y?^eevjV)&`{#WcT6{
+qn&Gw%UpQ1t)s600+6FUDZNmefhz;Y<UQ#T<XQ|o*Gn=(8lS|^0s1s}R-5H%y`oLRaI&+Uw8#cke^jb^ERIW=rB8u~cF`f}f&bN9pTv@kg8sd>
+ejiyPzy1DNa32T{iWnw1r_*Ls5^LGex*ilXnDF6MV8K~lHn(&!AKo(p(0Y^B!}t~le9*UG4*ToYt0AXj6rz969>y0RCtohLOBY`wl($G&N-`JO
+>kJ_c<j=_X9aPS7dlP%->?1b=Pk$pcs-fM+j5u>e2zX(%Nhsq5ZbYNc#T1!TU@ZLR#%(}0i~Rs?p+o!Fu=i9>@~?rekM685aWHKU?zAZQ*PoaI
+m0OEvd;R($Gk5TtKd!s;5~>Zg0R>z#N-PFC4|JCs@JSZM-Yzn`Ahx`7){GpYpG-=7O^bhdfP#-OtS>PCIW<4Cosz=|<Zst@6!nILJvuUMc4?N;
+z(97M>zz?&yATVT&L4z+eZq&*3^Bi*qx;a(UyHqoe<WA?7os=ru&?D$YEWcuE)B7f=wbf+h6d@jeei2d#RqgF)e6x&fujQjq$moTw^}cLwq=wk
+LXlWUj^!{iN$Y@w{&c=VgbV!TteHS=n^l_}!{rS-tqbSb`GP2`sDE&<B?Kn7gj@bo=jqb$sEYd#N)Sgt5RF1^p6$k4*uJbrzSNNR_n+0BN#!Os
+cj^Y}EI!)|_^U?ph$Z8$u*n-BJPf`EyoGq6J0Haeg_>~fsVS<b?5Yi#nwu6qLi?&3$AR#9pLs~L?DJ3j(AOxoXQcM&p;$UEcdmA5{k(}jh`xfy
+kUP~qKjpDhc4`_#s6u~D4&Z!rFRkLqy06$-Upet_*~orQ+>){wFS;H32(GCcS|jZ7S$d}`s~vK#oDxv9KY8^H-tEB7k?oi5&t<;>FLG#n+AWDA
+Sby$A?2hSLIpdbZ!$`0Vhz35~B@#SwBvnXsKKooa2IBCCUGqkwrenxLd7j^J^nh?308`gS$76_E6sGrFzv!AQB+O8eB|pg~8ucwlpaZ$dX{nt+
+yH?NBg%ok*!N59M^Idlj)Hb~_xTX33-W5eD0Efy;LenVJ@ytT$)HC%^_H~Mq8nd(C!G2AM^ZNiNohcWlbjqlhUso;^g@8!tR^w#1V(&ZZO`@$@
+TO|+os`lUKzDxqSTo6il<F_hg)c%l61dE)=X@M<Aoa4$@D8b6SKRh-#wxK~O?wW8UEIsvgy9_9UuQTT?D(u`CTzF63xzSZHk*P8BQzeSN>=Ez4
+{nn#BM@GSG`j?j+BSDNJW*g;V-h=9Iw8RP?%7AmGD}K$fbgzzu)<iqnH9jfgypb~7*rCRMY-Nui&538J9_o&C3j@Et7yFr%Snk!u+{)4H<m!A>
+|2jnMu!;#Vr);5815z=UDj9Gs>B~4wFy343!R$ev9MDxcTom+m_Z~9MmPq?k1np8CegWe>T3XN>{eC!vFhqD6@i9Yae)7H~$_olmh{XOy#cAR#
+UdwJ%9fxxVBZ$q!(YcNP96v}JJ6$1%B9<m9OAAQ;3;n4*RiRZj4!kgBZRYfUPgJ5xQ#Jh<PWEC<?k900hfto3<(w<4Wve9--Y(>(+gXgYR7+~u
+g0CxbuPtV_7Ox*D-s5(njb4*Ar>GFQWm|BOln2lLP?4E!?Ra6hJP`HjC+=vbnE4haG)DsA%mO0B9NYB>#a&doMtvX{x<9)xDB?460VZcgb`?yv
+BSk-jC6=b$*~Z;_DJ=>=Kx?0k^G+%Sv9?XmDMR-7=0uf@smMTvonxMVq_zVS9)61!{!ght1C5%~&Z+yCxgfoX0Oc2=Gw35`eI?FF@8-J&&)Q=w
+&`M-nAMAe1(iG-14uOU(NMDEpSf5f`5nv<Wjy4^*rwvj`=6k@?xU~UP>G)$FyP*Rq;Tgyjgg`?T$kyrJhbgxv)mhrzE!G_b9A7X{3)1Pc984{u
+SY>sd1Hvz$1k-3o4joq0rv}-~K?RMI%N|zrjS}rVFCH5?I2BYWK^enxr%IEj13_;Z3DmE3ZbbCMiI(a^Vv)DazWY?j9ri4cYg-{SmYIG7>t4dj
+4dDV$s9n=dt3)!%?+NP(3`Lv07&#1|vCzMH{3k;XD2KWraX`B&FQ8H!{byf7#x3V$d<x|C>euYIHK;l~Clb$$hSIg8p_#?0;XtZya*73Hh+5tv
+<0nmHwXEt8s6_Wbt*a3~*(g<Yo4ulV#pBX8m9_5F-%+2CT|}VLoFg2ke6vxCBGgOpgn3rb+9Hfroii>;T*@Q3$stsF8k+<bR-LUz-aKhK{M-x)
+9Ekk;<e2mGnAop$ANugVMePWDsqnaiVnd5IE)~WfZ%1xc`+J*|<8ec}gktEV^2P6#DfS|GgNHE`z6iY9(7(${k>-#PgQ38_J&S@}gqapsCc3rI
+<qH5k@%LZrJ2B2dj=YgAH=-M9V-()HG-4DxsLNu+owqq0&X<IfTgBqG4y!$2NeG+Sp3%)J@l^RQYRrHpx<SlQ{ft;+&tr)hGx?==<{~&yqr2Tt
+9Z8FK8q-=%1Mqk(f7iU39a4?s;c`gMls^axtzj80*1uCnR+rAuGcU=f*h70u&hNs9cZv(3EK8mY%Hv^tcEO9EQHJ05YO%kn`YLXadrByiXR3t&
+P8f<YgyZEsBG*e&pvRXlC;SY9P9Zgo)ZAG+%g~+~nCJ0R`36;Lzm2#(4@rCTC$>T1Bdiat_|@ZY3)FEJ9oi@51HS$&Ji6)JW|)P*OjnLkiY8`h
++6C_C=A2;6bktcz9K^O8vvi)yYZn5UgS%fG>nV+chjB_mO0b4L#DK!;Z}yL12n5~M$kD6+k#4hF;3=SX_gC{|3_>RzHZL6?UYB?H<t>oHvBYhz
+cz;l+SdY7pVWoC;nNZUKZ+HUJg&zLY<T+?vu-$4q>;Y?EWi5C0&jZ0jq^W??^c=FfJ2HCr2gzG$#GoQ-ozNX4X@J?nlE|8QM@tDq?Kk`RIPx9P
+5Q@#ruE$C2o);s+v78n$dZPi+(E)0EWc|P;9bC^D<W{Nuwj0l$!3rxTNfaqSwc4j$h2!u$Hu)SLnmV5a`Xw5G(q!*Q+q0>!3}Aa?Sx=FqLgV&b
+(uxIN$8$5}5+7?_E)TxHXZR=l{gC#afCt-Dq9_#hW>YCVsOhI)X@xA_=_B9hxy2-=z48HbLW2#O?9%%T#xFA9QAEaqPw9lc@OwPA<mn9iRzUd-
+xOl>LJTe6@oh9uw7BP%H;~=P}T5bWK9jg((Pz352ScvO1etiWp&tczOvS@cpM1ocA|Mk1iJ?p^#qQZj3vHR}O_l(kI{u?xtUf9Ytd5D=tXR+6n
+#)J6|^P(#O)2itLc;=P`JNGKbW5mQC66IuT)BWq>HMVrUMdQ!?h%}JI#k<>_2l{=a%`KN~031AN{xpRc*aV9D$~jdYmLzgzfU_^jc*B7Ilf4|k
+wY=m!p!N*TOG~njCmG>ElD_}zD|H6cl0b2kWEzP86Pvu#1e|Tv4upZ!_=?rqSXIyfv4mTd^t{{2(^vYS;l)Eokh7FP(_IN${zzK}<2bs_wAYkQ
+8qc5tab(_6AFRPQgR3TCu8El|5IDpUsWxGvPE^n<Z3HI|D4*G)LX)KqVufWcrr5JzpBKP388jVP(ew;MBpPSiJVg@75K{0u@7^D~Q55WTAfR;%
+HI_)>tssfxuRPJJUoF(aDQh3TO7c*eu>2GKV9Vx579&b>r#DR1XMwEyIr8g3sY}`n2@k#3*!#Yp6QujCAKysWDVNv-KnCA4q^VWKIJ{jP<NFaj
+a#*$IQa6yLoH+gVc#x%EfnW0>cvT2A?#ybg2RLk+r$f0`LRs_{cX7O$C!)=y4BhEPVR+$v-i^7Qwe3FU^72~aa<W0JKDgq^*q3}5IS|@6b?5{i
+>QRg9EkyIqKpb-TUwp?;^$~(Y+-~Tyj4f*m(ysJ}w-<nwhle0RKAiV>1kw(p6R4*`l}0$YY#0KJhx7aHu;wzoZMubO{z0PCQWx#U;+8%R0VNSw
+rIRcjXy%%5QE3joSkt@^c~gwhwMK9Q6?)ndVRwDoi~nOiyWotsLG1Yr7_aC>B<VGDx`x4zNUny2wjXH^&oSPQ%{Y7Ot)$V}KL6{!Z}did&NFL7
+m_PmpK~dP7mkedl*f;qj#1mTcR40FJJQi*5@@mcO%?vea{iS_C_!)`#nNZ9-fmqG!sx&#c7ELUA?zz591Y8&bBc>2By=rVj<l^@|xeII=jprB0
+TJJ8wk2u}O+gspqW3P_|`K`Gt;e8t;JKDNCLK10w>8;^X70>Rrc4_f)ro)yi?P@a162M`Nyo3{2Th}mJT_^<>a8$OiD!*^+lZ<9E_YZ^xdk`S~
+5+33H`o2Wym6Ylk$J{mE>`z1>zBl&1x+Ff;-cz48XNxAw!#5!ip8B5kM0-&$czzCYUW1qwwgR6xRAKB6YT0~f?87=ir6)dnCr7q_Qe<VWZ&sAW
+himNRug*d`DhXNCejUSZJ?KlWYL_r<*i|7AuET{=D~%%}8iS{h)|-}fJ>kO4+ke@TV&0baL*P9a#&$i|f{_6K%^6h@NPKraE<tWiy++dOx2{tz
+oT_A~-lB0V9)f(G`Yk8i2bm=0q3<~l<XRAMA3drC@XNxP$`@&^UO<<#O4Qy^dtye7%`d!kduZ9tD{vYKjXJzSEb3S9>9Tt`e1abITZRy}(Vq5M
+NU^P_>PrHmU1caEj=Q%~tP&I@fav8{umzp+BscAS8lDo<^8vX=af+yZN9?p|jb{@?EZDVE_|Saw92Qx{1fmKo{m4kQDPB<68UV%<WcHybYOHfH
+S>Z3Vbagbm;|CeZNIZQKwiUmis&KYK-H9i3d|*DY{4Q#msFVb|@-&bcZ(jxB*88mN2XOzU7~2nC5MkKRvM5_naSFtdBVr;rLP`}5&!fQ+RJ_3K
+J!TFy7m+Z(-^S_538H7=ZxCIHV6}SMdnsPskoB`nFa2J9MUPkwa)S~$c;Q$wdvSbu-x)gc^i<j<$;3NNVXCE)y+-FI<t`Zkxp4!ezSKc@2kBhM
+V%WuThT+K@ldBz`*Pyt0wY~>dP~!=BrW7DV<-m%WG?T6u-H9~w@k$gBzsnOdwi>CW?K5_BUnYabsWs3)7K!bJ;^2$_22%L0a}n_AEs3jz{FQqG
+6LzAEuGWHyua{h~b;hO5Hbxtd@bFg&zU=X{@32zpiR81kl-jFhY%_lOAacByI{%EX7vjUlJiJQPQe#*xJD@Hv1_R2f!3{NHdTcT&;Tblq8ChQf
+24O4=FA#SyfNqLPQ53L~_5=P5sWq5<zB0oWn&nHncM8Ru2$?1Q8*IMT@&m=|uUzQ0_uX;b5QM6K;u1ZYWb+l0tliuvt`EB!sbG1#BW|Cljr%I*
+HutFm$%O*^=YR&3GOUkGQ-p!L<CX>TaEU4g+2OyE!Zk0>DTRBzo6vLP>LD}SzY96zh=|_q2~S82fl)t-8bXL6cg*z_gQGSQtpoKuEf{K6fp5Tf
+$MUI1VcmPttwbLnWwf(rKZ@c|(|tJQ^-OyWZ%)wFg-F+UArP6x-@SNP%scBj*VTQUoU+vYb6cZA{{nE2%_+P`*i$k@X|pVSZDq_eWvviT9l@W+
+Vy8it3<?vV1ero>#jwDC{9B<K2Q50wR?t1phai0HGxJPwl!$}v!Zn*=CsT6PA7iUeHkqcl>*SwoU&ysK$vn$^R6Z1!>|bLc(pZhBdwMx)DGy$s
+hr+`?<>X_VMY9_+$WH}qF|oPD!0RS=CA^-GVH2<X?L&IU>Q~Fm6<PB7Fa7D_r_@<Y#FelvY||zU9y9*swDQsmvU=kKboYUiaTiK4(%?{ehM603
+8Z$!QiYje*bxayzJQCiU>g!6a6iT7#YdqPFv!onpLhbr|Mustm4jCQi4SE--4c*>aU1bRbIsj8`4yoc>y;NgxcBQ*a>4#Rw)|j=ej|-$_*wX`~
+8zTdZxx)%>XER0@5=kJRiYs`Oi%&9VC>`Ymh+&B3dt<eEL^ZV&kY`cWwDaQf?Z~_kM==D3?7$`5(!(o-fd0ptX%5Bo8PWiS7wi8LUtq-Lhm2ow
+o8{3DFXN+FfvoN+)v!yHfYh#~FSXa6MYi5Z7<*WcIzcnby#A-%ZjbQMwCFK`_QEVwJ(Ty*n>g^KLPK4=Z*uQ0m)LJx=4_~^inKMJu>w7!?7}(n
+Z4Mp>_b5a{$^DBcmIS9*1WLc&l4|;G_GP5AtSJ1zp22Fht(grw6eX0_AHxgUji}l@gr!<o+Uupp8#$m(Zbo``;$Txv8S^u#1TOJRIs(sh_;-RX
++qr0Q6bR08;}R_LYgWXNVDtpG{dG9yK5bAh@};y{6LKGtuV>IpKA*g+%pn-6l4Ff3kdh`lf%RRKt#PfUzR-sxvjR!1?|J3M1O+cPA>fl1*5~}t
+r51IMQZ9_#p%Li4J2!gJ_n_x*?U*MW*U_6EQ)M<$PR!)-)Wt8eM8=ml>u9N;s=>ZkT_mCbWoZ?v&X6a(X-DX<tm0yePn=>Ba7_TN47A=`(?fEB
+`~rJCk@ZVA;933+xn+WU98`1;Z{+TrXXY9a@ou^m;k;I>5z&@$w4Yi54-;dr8d)>ReUa+TZ<DgOz7H)}TrwFsrx{`&6S;??ZYnxPkt-`t85y!o
+_@pCECvgtgK)h1?evV*W>IfMW<s6=GCrfE0Ao^1;&(Uq`x|V{YOww3N2(1bB+9LO~AWNyhzd0G|WG2wyecPMr86E!JtU%M*D<rol{WBkPL=DMo
+v-m2Uqgz+9RQDspnPyH|G9Qr?BNf|l{#zsN*V<B)SJ{u!Ru(|FIXE*gQpVx|-=cgKY>(3c3ZlW)D)77sU9}OOJwKS-io2&O#dL57;Det-Sm!AR
+i=bQM$RX{=i9Dw5>yL24gyFq@uEHM%&24@eBuFSJ_W_0aSg>PtCWy=2chJ07lrT}E>I8=VjwnR$k+vdn11^i+WHA@xo$oJ`4ZQ*o7A|UoM+pXn
+#AlWNGJfxD*0IQv7-w$s=UQF5ofxv<<V0H(@(&zv?CsQ0*+49#@*u-x+EWxuvCa(aSz0nxt?B{59-2ZUKz+c=;%$i>vT!n&@_^0bZeRg`W@?M}
+;CP2=$FA|GLjnFi?YH|do)4i;@sjyUU#rD*ZIQG?m|0FJ+#oI(xbvQ3$NQe6)-ZvVkxQkfXEFtJFnNg8922%?pQQVw7OptW=c!SWE`DWPyY6ns
+JNK~A;zS8WG4O4ZZV%$qHkJ}uIex_ElUd<u1cAv=yY&GG3YoNS!X&sv*%S7pU}q@=bpT?e;uS2uTkp#(ch{H~(#XpUHb=0oExf9DWMZuV`~GEB
+o?q}Q<x~im@$FEKU+#7LyKW4%xeXVs^ytAw$2deX{CP${Z7zaH99q`1X_*EM&`BGbiYGZLNOpY<f{qUn0pg=scCBqePV;6EJb-dX#f?x44RypY
+)B#ET49qqFMWBtQQ8Dl@mMxUTxTs`?h1_s3TCP!nj;uTI`pNJz9Jd#ZW}d~ihfAozmF(bLu!LH0yBNPz>}ggt$w<#ArA#m)KG;!E3Wb&<{uh}6
+X>ZhQ;YH)*V3Z9UNLS+{VuQUOt5IM?h3v5)T>W!H_teuc{?TBJvqhBZqbbtv-?(g+XB@nA9w*uI)1$VR7AaxNQj_(keLx_-B0Lanw^3%L9@&EI
+ttJXv5Wo{FBI7?&F(~dJb^X_A!DQP(`MuIL-?WpsER!`>8Xs_hw4uPjYKnt1o=-!!vtG_a-xs4+6u*Lgad7?nK+GfMU!2ALW-UbzQpKB!biD=(
+*xnU8_yu3JG%+gbgGp$RX+OMBX$P8zP=!Ne`bcgBtf9D;iMDcMtsKYOPsy=;1Qgbk;1}3)P6Qrr-=Jo|@JzDvW$zjx-6)@oBf+3eb=Wk9gc62D
+?T;h^=QnG9Lti5mdErSafJ?J#E`Uu^FAFtjNRk3R4^ek#UZdyPDK%-k_LKk(=bwb(!MP8|K$q3Gq&$r%pzu1g46g{NmX>x^p*CnI5BKolV%I8$
+a=?QaN2pQBWmI6fy<u0%57dwhal%bnF%PfPfU_>TkT&V;RC!}e8(@LcCGr~Qec$Ku)o+D)ZAW*Z<wP!`GF?xu5Dc1&NZV<HXOLNp9}$3~To^>&
+?7RqPBKP!XsoOPn2Oh%RkEi75?pI0gdi#lC=wIXtx~{yv!RwNRde}N5ll{yDL}0q+l0UhU!S8kiHhk|Mvsu3r1d|8g)|iC<b<Zw76qN?A;Ipn#
+rAe4T06uw>q4}0WlK~He3HhgktA$ks{(pl|Ng2q!<y_(lBp2}u{e8Cq+adO-PpmG=!`Oip{h16@nY@Dr5x*JFvxQ63#vJP6w7ZW@drtj3o+JbC
+{{0kfA{+*6w(PWhen`v$^a&oTAp0MC<46xL!fNWZ_UFu>1XXgbBLps$C$#=^V(h6Enr7Q}Zx>!9aPful*?qFd1b)G)e6^$&_Azo$QM02?&&l;0
+=K0yY*HB2pgh7J|%I;cZTFeFpX!QJ6lerUL?olsW>Jua5*Ivo<$Nr%foyAsThPLfHPl-YzM9%xM9UGu(u}LgOGp~E+KS6QLuTDnmv1sj*e6WwD
+rjkkHl39#4-F9_OhH&$*nz?N1UFIbTd7r?Xf<Y@~d=$^)j)P(!!6HclV%&beyt=$_TzBh+8=H<{gMWTe^5+>WHTu#Hfh4AS@4~!iT1rGZ4U)Ha
+YemPUw%1|UG1?=VY`Io&!7UNx3r1;D<a?OO9a{%qqp*OtkUtz|6*xY-3`UThi6@gA$mYFX^iqZ6{44t%I;C6FsuUPz+)39*=vr!0UG8ze1rl^7
+mxgUv4#~o13W<TtKjOWS^h9M?)r476g`=P&{0bWa-h9D~FiF9!;Jl*rQ<r*g12D^3=d@PkSo`BkYN#M@l^DPkj4!;7FY_Nylx1-uMm7N$&qCrF
+KD9=ZIi0HuchdfVZgiFcXr<sln!xFO5e-HxD@+2s1+jze>9xa-FEVO!0kS6%4M_O|B1z1@>ikJ8*ypLhEHB}qNu2d#HAI?!qD0h%dA;iFlg{BZ
+Tl9BVs)DfhA<k~6xHr%lhYVH-Ro-QGM?Z+9XxU%0a5S&}ay-+i|BmT`j}3u5&7$5|Xj!8A`vu}wCw18oA2|w7|MCdl>lcIXWVs}jHQ5Nj7nX_b
+CdD{CLozvx4oF+`;x=mb+xS80_;uiK8#s(mP0{fR_{hDZ{trCM(CX4Res2d|^P;}VP2%!xa|7=zfda27i6<Ux(xg0P3kj;Fn8+-<DLdcdgfEAV
+XRz7E=5vVA5^@!qRuN%IIf|=y^OIY(eO+j8HsITeW<VOj!)il3nr<I5QOHjq@6ynphL;095P|<1oeR4eRtlIoLmoM|={9~}OD_U5?FUPI4u?md
+RO?U^nEll)cnkjH3u8uV6Hs=$4xMrldfJ(*AiaROo68oy5Gx0<Tvc^6ol~QZe$g!Y$VsCYaGV-zehw1Tej~dlhS;r*1-#=!d!9$7KVi8O@59rb
+>q0@qz_7aYLw{7U;zIl{y>wx4Jb@8+*L1X+7jdK}8s_>ec&>FTW2WGsOZ+^-20yaIj<>v!cN-suR|DFamlRG{pE!-)N)J2eG<jatnnZ7`oisf?
+PCI=K11dfLV}lHEH-6c;i%)Jb7M!v|6_4JQmCNe4RympdddL=Yr9K`gPD$%*g=?xTfj*`7!nka()g0ZO2A256IxSc+I$+0Up@!}E(r641of<aN
+O7T9WxIJsqDpXC(mtpcRvS|LSptu8aBU^I`^&5QCb0U*oNu98P{ABTv!}9DR9=$hL3>+r3H4rb^8bp68I_*d>R0$aS`cq#D$w>cKJW91efF1@x
+9jsQ(`Ed(=`hJdXIH`T=Y5&%2#%LoQYgk8lgo4`hrk%c;-!Qckvfk$4G&JD*0^wVHkAUR-$4$pI3YI+a?<;r?4nt^|vVHoXV{I?R@M=iYuND%A
+$#GQN*KB$Pe87Nj;LmK!wm_cVcqf~J9^|RL^<J9&=yCJc(Jp(~GVZA(k$xf+^gO&@k;FCsQu|Ye({1^M7g~D~vkPspLf11T6Qk;Jg5oq^!USz0
+GW)2MU#KZx+7@90QMfRfrRMt`Gr8>I^7k%As<8L|c|0+_M?QP-)iu*Y3+8Ec+6Rgc%)~6Bnw3A}7DA7WSIt%cek~MW&G~jtYOu}Fc+6|bhpFOT
+z_FPTomDnT=m8xAFO~HB_PoPqc73UE+V)q|xW)96KX#iz)15_(QZnUFmLF!zC@Q69C56SV_{jfFtAbF};>S;`5DSH_dg%JE!yb($mF~ZjFXK<K
+63<?yH}&Z}Z})5A3BqCsA)9y7WvN;0%Z_||YA{j&LwkOIG3bs3!`Iu0c8B3)JFx*uxh2c`G-C+P<?Gao)%jea57ct99TefkGh3E|$qzNHbJ{<Z
+dHY0=&zWk4YB)98Du}0zrZCNw%QeS-wLF<3)wlbfp<J23V<UP9hz_02d2d`^{I{Y&MuWH4DCv$r^Ummc^+li~t@sCYV&{62^dO{sA6=|#dJQyB
+{hHZB5?%UQdOLvoiKUXXInkQjhE+HR2+?8BIn235sxKD^3jD)k1rVvgf4!jTj{dlDqEc}k-LRZss;P|O#I6dFQ%Qv4;2NElN6ZoSR#OSMCbPR*
+e7LU!TmG3g^8r;ip{yzIUeMko+|1nnHR1BKCn<!?><GB<7MEp<l*!HT6FU$CgZm11E(2nXo@8ELIK5G(r<OMw#KuN|0?Z`?zZ7Q>67IGt>V&C%
+kPq9f#Y;=Uz60PcbuR!QG&U0b)l&Q|m_`He4*oJM<nAUKL`?=h-ZNhSj$QvUF^pA`Ll)^AJU5T*d~&IG4zI$Ruc-aNN+#O5!h|wZ`BVF$h0$Rg
+w<L91RMPO&<_K*To2jE~5If>~5{%OQuEw@+R$>$jjdzRuiq$)Bs2De6fQ5R2n(EUKkp#%1hXcrgapDC9{a-MRTd@A<UEl#1*m4}~U>yBlS*YCN
+q8`lutPvJ!r{vzHeS>7y-QE~tm$&7_eVTBTUXHu2n5I6<P{Y2S9hoE{v9h1eiqrSJJdK0~JU0;!Gi>Y0R;lO*syDsVxn3jV7eVl_zH$>rr<W5l
+B!&Q>fe#Sq5zWC|-=67N0TCM-3VTGQcBEN3%H`pXbw7n{y&_W_7Fv%j9_E}hplO45@ZIt?itZz9J@PuV<hDy4N-0uxCxFjPL{IGp_UODUi~=hf
+OmU;{fd!A@Fp@er7vRbDjf>)@4`gt4cQP-9o|H3+$Qrs}-e|?=fd<5eEYZ$7vAC76+AG^dA>m54-ISHx!Hp3Claa`plQt+WR(I9&vn*daFY5Ld
+KELq`o<Y!&UoEslD`~BX`~y3yIyu%w(Z8~;AH&C0=E^mp%^{0CzupFHKd4yRbsS~9C8)D(r^hV*w$=PaZTZjER@`V)X@zjq5W=t}%t%MbCD8qA
+Ce$Am^l4Qtpq!40F?`)fzT+}~$l22}2UCnWa-WkpU}l}Dg6&)!NDo2S9VT}yvDGhdW;H3E@RfIcigFt%4TDsTEwUoJg_VG5<+R^DxUFDAn>~d7
+8Z5d8a3|Wcq6XL3DF_?yr2s@OE8i=?_wm)Y_I|_EakJ!6q6^L3S5NEs11+LVTb)ltK<`N*Ccmo17jHfbRn6X53oVJovg&3R&D*;|K-VB(W<%4|
+d!{DejE;wX@`{Saa!?Q47>%%QuWyiA*{F8Vk6&EzJhU<N#?R0|Z2qKDAV&85^{d2@tWYuat)R(bpyH?c&R<li0KWhAPdFk7;Km8EX=;Aj*_a%M
+jTWNl@JL?0cL{1xbzfVsK_zSQC-sVb63p1s&J6O8R1|8hZwYA^(RKUP<5n~le$_Lg29gtmqz3P9{vEfSp?6(`6h-o^xku9R2Np!s$eIf%*oR-T
+%&pf)wi?6Lo}~SZ)#hzZF2VJCp4}6C#jS_H1+H&HNV9FGY(yA$hw)fQ8D_)idBY^>*A)F1hnM#3I7(8~UKys2oXMCBg#?o@TZHnR51Wtu&A52z
+#eXg~0Kw38yp^t(d9*}h28Cs@SLrn4>n4^u)E0M;A6KtLIt?dmVRlm(ikD8k@`%(i`@F9@n^+X~cH7js@JME1SAI|R)*?zXP>IzB9Uu6-c-vTu
+^O61nJ}GE8NL)Iy#KXkUbhNIPMIyGFUs<Eeoi`<KPFNJI_|llyR~+Nj;Fa%VPJjjai}bZy>RP_Ykp!AVU7t9ub3V(s{g7$%Y|l-RC~Dp})Z4Zf
+JJQ-O9bE7A|C;=ke$dcH<NH86rK-%00{ve|U#hUbgy=hN?EfE~2?Sg7>|ulT&CYrlM?vPT`|4bae&-)ZrXm)^mjUfUw<U0W@;OIWx4qG)3vmzj
+v2^yQt}*WYxB$WQxViPWlE5kakBthw#`G!WCSbIXoD{YS7)!l>cD|eu5&as)<wkU!k`ao^<pHp?RUYlA%{AL`sp1#s#|;<o@Fk0$Z~Ys#(DZT_
+CsTX8=G!ZfWlO>Y9CIX=r^pblAGjgs_v`su1Yy^3>-v2lveIk}OJbc}uzy_4c>-lX102JiN`2|)xX6>D>6h*ojA;C&<hW6D;1ZRF(Ce7WPIh1c
+4Q0}Z8?ScC!zVNZC_~nQvrMYKE>`F^qK2^;neE5J@kmUaq&fFYh>!E|XCQJ&c51Yo6swGiqbcAk5P;YjTP32Rhe5n@fK?-Fi@-w$w5>ZQ>D7!<
+b>@lC<WGhnBgF$!7o5TCZiu#1TARo}yE#@{u)%8^Q;DoQNfScMrEN*+;Z9{=mSjO;ZqQtR=MWb-DlG3AA1a3;x{;<UTJEz&5zf!66F8CJ!GQCA
+q2ttDD(&~TddO5u&!Yo3>YQ2lUir?&b*m?;IuS(^5QS4<j}E6(6LfDHJU&QDOve(KD`X8^EQ1ET!ixXkUmV?a2CfWiqJ!$DpkXGnu=7t7Ipam_
+wah1M<lk|qP-M!zbneox6dTbBKr8-AOe)rwd1kH`gHRMj$_(Cep7GQ&-?1QlR{b_7=m}nEvXgWw;t{+z3F7|UCwR&PFFBpFw4!s7)Jy17aD;M=
+kW{0Ck%_C~a4>^;388{ezC@w;5b-|4`J7RU?+QGLh-k>&8a9yGOtd6*)iz6+=HAFqmd!992U?M5tR>NPME<QjBy&ZWqcghGD%89I2YAZKve76?
+XXEwZdud#olSB2%Tq@UY&r(9Vw~&Q1h7cL(qzumNxZW}La=KVgUG-D^LY#v+wU5An?ufAK?%h!*-Cf^df7@`fz=en|UA$~`eQ=$H5`&Ocg-dUJ
+0zfno?XpfJGpibPI;dg8Oo<cZgvGrOJ#b=QgsfP`cg2c|g081ueNYtpD7hC<LvCy1b70hdgy&!+7&#%1!O(EI83wRl<Ff!$dY0N=!L@sL+8n85
+OiK44yB1;jFmw53PZF@_{_$jdyO8f*@2!q;J9(-KfWCYT+F0i9`S{&~UgsY+D;?0<MKE87Z+{b^VdnS!6=`9YQfo*q#urF!qD%DX;X_e&mDld%
+8SwOaq%o3>X)IK-kMv=34t>0jr`p=*iRCSE5PH|@SfLNskS<9#$b6{*d{Alebau?IEJ6@7U#7fOlDWYYcq8)8c)!b<+h?+L>WD!_{25T^;&3$$
+GpS@lrAmfwNnV6K1?%Oh&->kvf6gPBUFu+m{TR=bqc(8V>Fhv${2*9F)k92w!oEQslrA3>z$=?F873mVG3<uwjanvo?|vLgY&axbZ^jn~$P&RJ
+J938H@azaXYMO4!u@e(VSAIA4Wl9`jmAQRk)o6=giM|lsFGS)qQl)WlQ@r)TV?9jjUa<jST5%a{*)xkJHzk*p0=hy8hlZv!;UqB<MK=e}B}Kgu
+WDC7V_X`a35xt0QQqO@m=+59TM6_N;Zs`bFPlBM&v)GK4675X*_wm-wj@p~0P}xYfINQ5Ih#~i`fHYFHWtMSkDJJ7?m%aVf;x0XCLGh7#xJr97
+i(U`2>G+{Egbox*$?52v!}0i3APJYlTEsPvYXz&JB{Vd&JW<jVCIm2!H3080{-m8oQ&|`t6@Q&)<N{yoi(o3TVvb!QKe|e1h0T&AO%7EIGWs@r
+FB26GD<#*}Q{U$?2=~G4ALTpa=b=7qv2Y~v7Wlq1>U~MT#&vgaq=n(Of0~XpYo*pe42eRJ=&1|b<hz-cso6g<`tv4oU6xUFD}15Lc!8bE*SP$j
+<nyh7Mx@*2=q`@A2;i1i6=;*Vg*i+z<sVI~nY12vS?G@Vh>z7oB?u@V4&5G<-J+tOxU0$avXYd<@XSt8wSz!mrK%Vl{+P^Yee3z)=Q)eGduR{P
+En)vpu4tS#r&uB~YHV|)VV)qG(W1+-Ni-g?hP1Jq4nOhD>cPbf<&a8*1HY2paT<ZZQ|sZ8y8bMWEpTpglYY<p-IbAY6AZAF<nV8)&kCn)c9!@^
+-c%MBxV`Fsm=?d#I1X6JH7)JwGE+)>P}G6i4|ryKQr+Fst!LJ!oBCiZ1PFJ2ee7V*e4J+V2SZ{hNpa*5Tgj8#!GmA&rTS^OE1xp_%H9eq!)6hn
+0i7lm$D#&|jKe%19Jbb@3G!^@nIyjy4W^%CdnS|QK1O5R>9bb3L*qfS)vef^B8fjPOr_N6nrDm(u;qHo|2;YkXIvS_7EZ~-9u`WM%wLgDW=7jc
+SeuIiPS=M&BOD-=H?vIK=(M(G@JP~AOHH1pHEE!Z$hbzY?p*gSR>HUSTaTDvp)^IDlLSTN+F0Eb$x92+`cJ~r9O@#*l4<UyW2<nu8VGh>r^Kpp
+f(U$Qc~H9|IM-g{()jyFb+!ipMr+l4=M{ekF*=C~tW7)MelXU#<DU_vm*#W4IeDQ3fr^wJ%f4<x&xaSU28gpoqohH>6f<4F9LT%q_`4aflO|TI
+z~!WXFxeg|6gBgnuyU5wb8ncHQJnSU%WyF8aFryh2BY6`JK)c6JXQ~8KSxKgB|`w%qZC2(5#+S*vH4~ZoTN!ZC1gOx{wQ39Q7*8V<a=@*ZP||i
+%HZ7)6XBcQUu-2YnTjt}-_<-@^kM>mfFN@#aNd)FmLuWx%mhPbGIYdk3$02k%aF0u-zVHRR^eUvvC^@es|4RM4j&NdCmN+Q&Y=tbp&m0xIEY2U
+uBMyTh;kHJ8)$WUAbV`TI(R129Ex$EyF1811&!mK5}!};tLol6a;f>e-*$Y^%)+#+9D1S?dgIolDph&2V<@Ti_C&AVh{K(bc}pTtZjhp<h**p_
+*?;QR3(}ME;H0r9q}meb>w>RvL&oxFnhfM60K!F(DkX4`K3aHz5kx~x%Gmq76Qgy7yEZ8hj3*_zmg@N~7U^bqq#D2Uksjb-+hUgtfrn=d{OGL%
+(yk=+t&;>JUy1KTatJ`Vc`wR$c}~oTb&<d(YQQ{{R8RTjFh5e^`Qa&n5UF*+tB}Z%eesr9i|8E&MhE@lnA6mI);*MBk}#n{d%TinW$@0TILnyZ
+w-dNJ?&Znt`cklv(1OG%>b%gHqbgb!Zpi+I4_)9BHvh^-AF4gd%gh(<ot>2z1DziZJExH)gv}Kc$ru~3mb$Cn;RM)nh4)`JRNk((GQ8_LBx>&=
+Yohmc_K>V#*2+N5N^N~>k5ka$iw>zN_!JrDXD2<peG0!@)>hguiGz&2i_m=;zD0^Tf?DMzr>Mv%zNn-iHJHH<|BTtqHh$giUK1=9e@0-f)eC;h
+ykL!#VGE)axvs|-uAoH`sh?=E!ayDB#$KjQJ-^_={0lO+ui?yQfFve~Fd`F(`Jd9{K`4wK^3TQuPXXh~kghca>D5LnwDwb{Y}u<8BBhKNM{!c2
+UoJ|5!1u^|HOLE<bMuAExnOn@;unKhICQ_FE9myo9`%sqq8MzAdciS1TIXz-Bu53-{H#91N}4%m_RYt_Z(2C7y&_lr%IAgZ_%{OLg6HkPxy|hm
+fV%h}VUEY#Yin`vs@$P@>rrdlQ;L3NCo=`Z);$oWgz^N(y>jq@Aa|)u<e9io1WZj!cdtjb3XiAa3RHuWXfhuI@aM#T@#JbY`p>6fVthRFa<Zuo
+8Z&wCd0zOyO3N~d7ZU()>5kjUvm8iZEL_9wot@d~+uiFmQ+@J3wyMUxV%5C6ItqJ{)$NFDBR-u3a9s~=G`;|PUVMMzucQVEwY}*#m0Xac6Y$Q{
+Z_D|~!?7Vwp$n|xLEB&_72*pmrpe&C<pw~43$iRsC$R+IAQNdOgVx6DwySY3$gX_WSq*(_K~T&Cp834&X*=Pf6R3t3OVLJ8L$ORjuzp#02PKC-
+)pod8b5g_+*NDg%FcpF~BkR<#oG3XNjJn+$14E&m_JQ+IS>!eiw^S`pccKu|V}8|g5=(7DN+uHT-l>J{uGNkAJ`vrRR5<IRfeZJ|c`J(Zj>DYg
+A7Z;S7F^a+KwPB#H<h%1IV&%Dd=v}ZMQkPa&m>AK-7EK<eB|8Q5bf&Q6``g2es&Ul|JGsz^JHTk_&cP6+#>{R7usmJJ&L3aXubeTEQD}@qpUtg
+rqBPnT|Zjn4kKB(9;MN8p*VBK$jZ}mj6ItneuiNv3BrD@K<w$X12paQ##$P}D9r0uR4ZAfYO3F&er7tXa`P*zmAZ6(z@qZ2LG$NMe`5=yzAuZE
+%f+thjDG)@X$!fu=Dh>63;)52M#T45o2_j)h*w_>N&ep{DqkAbq&2fWoA4PF+js<AsjDa^Rcbfu2c^z~Tg{@`116WW%gDbJF+^IpJw3cw$`LU+
+JS!kikSu2CRezKyu1S@a>h^7unv^b8;H!;L4X0XM&U&M~{h>>9d|@aIPOrDa*A{Cb?fE4l*^QD&^r$)Z!33IRF<hR~G;^qrLoyeP2$F-VcWBjP
+?NC4}*(@imL}r8<<&y?=_t!#TM<W`hl1T1v|87V+{U>J@a~d<5L1iK?YNNKwVQqpXnG@29`^3{lDWYH+^o{W{)G91|9|Qe+jL;$}t5PgH`;UCT
+#sG0Yawtc`7jh-_eT;&8!l88j(f6mxVPhIS?^MA_FCSIFHC(yt+EhCc2wA&hkwTZ=#7WZp57Qs~PJ92}=L&|b+)WWWc@CrSh{PK++k;)HTPep?
+IG1KiFVgsF_M4k<_n)NYH4)vxJdm)~2_aa<sRB@g>=NaMOC6WN@O}?3+4p1@38O86&^RplV83KqrYJi7R+Hce_{(sbbW~APU_}0Yz*^C1?dOhj
+L%s}I=NGDVHy0O+Dzm%!NrQwxs0KYWVC643OFIoDKN5m7DGHf;rqdC}+CL2V^HDUd_f^)aVC376rwc>!Svf`}6hz0Kvm+f-3kO8FaP5hUO=CAa
+1v`){)(LmQQp4Ol<h$WcwqWOMfU&MTgi1k@_&q}v3I#6v{wKEpqeb#!H=t&TJou$iG`%-T(N$nh9Tp>r3&d;FJZGfL<ZC1DvKaBhoJjxYggk*Y
+nng=dfc1klRyidAfFzNAn?UzmOJ>KTIXJge`r(iW-6#9*!51XJxpPziSjJ`PlnABZTPtqUIWb4|ln5H%d0+}XwEhskTW$!I37OPtpW5edrH&t<
+axu~UGZ!lHD_xBBJlz+05XBW_i%+fAxhfnsg@L?!KMc?Ji`&P`bXI>%we6$Nw?SQ?ZA$NodZ~22ICF0o5Ud#912IdT{Qjl8&Rq~ib&?DBM#W6~
+ZbK}9e|+5n>g8fe@Ie?yp=qjQ;QNJWL>7|a;KoknDHY-nOBM=z(8cf-ZOqE%40MGY83eI8*DxAj=lb>fg8@|&Qu0J4b}eLr49~uDj86gz$_JHy
+(Q&Po3V6a@Kr4S5t~#i!kq%P@T84}33O#D8&dAO+d#%~UjF&|8JEHpqHqlxa4CB%$(6tJm8M*_H<)$+`A?Au{h<ZnY@WG#Dqohbgymm*ZHt;N;
+p<Z)1(x?z}EKS{X6vL_p50)vvore5pR_o_S#SD{ILB*%|<~SNGAK!uJXL5Rgy3)t#u&sMZPM%+Flx>6-M-Ghy&lxn5f^n)EI7*6c1d#keEg-Zx
+E1YH<Eu{=oKd;DMuCCMJWQ4pmZ(L6OPu{SE)fKiOJDK|4PsNP*<n3aW7vrfQ1W2~jV&r!h!%VgbFK?(N20nS_`muIQ@*9}4kPe5Zu$tdH2fzW6
+I?ZwKR+mJRO+EP`Q1ZuctrM#qg-Y$7qmy;(R}WXEIA}FouM}{*I{=f26Py$y_7Nb7gr#O&vP2^YSzbFr_iGC|0BANroe&ROQR%QTM}4oXMc>UW
+37c`6hRJ5!b~OJgIY0sC)X}8p;APCt&4K~%|3eB*mQW+v87A~%wa@n}44g;3a|C9j!zP5`$NmA2M6D%~;<W|uVslSvZ2WkB_zV(2jy1gFeFt>Z
+v<{#|A5cr~S#x583+hL$7ojfdtDea|PzA7T<%Qo@x#znG*W~;g%b>iIf_e9O%RvT3ybT-2vNEs|pg-!E;|IVAix}M(?JK<0a}n3IU0LF=^G+9R
+Q^~y}38^_z!bKLZuuOt7EiG-a8f&^ZO8w;_v?bIKngv?dr1LH=KyAHY4E<CsUlc^xP>i`q&=rgtpZ?goW-mnrS5M?yg=G-+O?4_3;x#c2r_Q#l
+2*FXhsl1-)<ET~)y@`#flmHB7pqzShRU2r(@)f3!6#Hk-J}P9+wI;Tht}!#Pk4CY<JxwJf8Tt*(q%&P>riQ$kIdW+&N3=}hA3C->aG3>&gY<`k
+^GVv~a=+hhtGO_0^>-#vrH2DM!-8%I@rdr<wCZ0VI}U!orGGb7gTD^CO2yrcaI@Ylxk03EuWHUKsvQUBzRqS3b`>I7M9`UnDJ5pB4AI3VIHnw&
+svBJtvr6KPY+q_>*@ku(%<5FaD@-%ITIKU=ssa7}#t_sI+H!d6W{A)*qL|w37jS`Gz)ut^0dLpOx!I9UCBAWN3qZ9?#*LHgKeF{9iEd3285<=W
+B|E@E&!aKk{xAoA{`zz$1j6a3Op(&N9GQ|v^yrbwuz8p_gHrrU8ykx?=|&NlM)sFW2QTXJ;&4qC>g2FU$lnQ02M>uOYvk4*wg?woFmOlH5uu2*
+p3JY38_k%E!?}El45B-UU)~7OsGo5CD@-YxP<0;OAVu2rtEzG{q~-2&p>2CgA_&cH^dr-JNz+?#SbG7#;!DVb9U&9LJX0Hz@?Q<9s%r>dNYTf~
+1}i{jk5Y2d&vzhE10yg;vRf=)$7g78R~(eiy%hGvxUY~y{92_zCT<ky?i-#B2IV_xR+YE1C|AoTWTBseWSwEr_Y2b*amBdvUSN0iIEYqI4W1p-
+qs>{#u7Fgo5Q(y+rzY3P(R#ctLan0N(ODz8J=e2S1kDA5gc?siKSTOt={!1)fK%Z9P|-FC`iZq0cRh30KLW^Am>W*_XuHmJY<@fM5qgJJcr+=Q
+O=!^Xy3f^o>>gDcG{nc7QYxrNq?(SDBA(RFu_Rf|Cq=-bSRrZ=y#KcuOSJM^l;npPkSSN%Y>@Io<Y>s=fk<C7F&u4y>#cF(M1!pl#(4xs7Lm8d
+Yo{pWF0Py+{voDw^9=y}*9_lVI>r{QrZj11MET51#Z_h}8X})5EeYsLnkLvs9<iUWCC;lCIHv&@*_1uPI)$hg@=tcqrJCK!&`Tdt0}IiuE2l_5
+Dy?9?$!yiCyJHOs4-)Wh8I5Jg<hs`Un5=(@2fwpxm|}gIM}|&uWWRE#dQV7$AlYvvE?{MF?7S$Z&22h{A99L<u_D?I-z7z)M2M=^XZG0#c32xh
+Xqy0ogk`lsY+<5V=~ZPXjAP?jQ6lop+=-R8PP={U6hcFIlAv@=b#4rTMfJbV^tL#L%3F`+##DBGzmSgQNufO96o4FFx1aAL*9Nb!NkRt9ob(fE
+;zN(*089kZEUsGL^AwrzkPL-8($L5u#yUO&Cw3)ztDNnFIir}mW>^F66#lc1=*MeNRs0WPKM98dC|zqmv{YO^&y>0A7?z5TuO^Dz6%<fn0NKtK
+VF$OA3-q&D)fMZEc)$1FzBMX~xOYMU1Zt`sp<<rF6^I6mAa3d|X<;}9cq8Ym@n2_(7M2D);PXeJeX_Xt>*Vboy^$qn4N!0#*e-s?`gohd5r7O$
+masf)lFuLVoV0X3GNP6#y%>M_f|lKZ%B*V2&Zdcg+Cw`)Ay5CjfKMkgWNaOICH=C$-D%<MIV(_kVUTnR+3qUo>Qy{fN40WW@a_P|d{<$tjgH1?
+A@AR!@1?Fo*tTyH>lCyy%m}pO-DpXq_Zm*Lo-x`&G#NOjwC#$7%+1h!wh92AEg4ePS5d%THBlGekGAOK2wAJMC;DfR*VM2?lYFm}We=bAX71A_
+j#8SPFoR8;y}t<qOn^-=N#cT3q5Yv0w|`3YI#FF{!0n6A@szfX<)n^vZ^ciF_Y+#mZ@js{?D*b1Z7-FES15-aV0h_7UAEA<vo^{+11@gSSjU8|
+mrVjp5HH}c*fmQIo%6DKk?rW^mwKooH5$6iUG)_{8xABAQZwi!K>oMgB6FSoZ>>mx1uKe0^`}hcLv-ndZb0+lXK%42kZc-sgvdx@@P1hC$*!Eu
+@C-r{L#iO`hF5}utddT+)XGuip>kken4{((t_UY$8Bq^a%%oJ)jw)cF-C6S#%j~yVwxb=~X!8Hjs#<xy(q3Zt9;x#Po_fT#jKM(@R9t@ZNfe|I
+80Zk%#vr%9QGOJ8N+RAZk&d50lgqkeDFwD#ziT*eh0%`LbWI%$(C!Ldw+>`AC0^TLa$Op-Z{Apsw_V<0En0FW2ejsWj*Lz9ZkM8?y+;hvYMVk8
+XFdRknp%{;ApKSSjzb8mwXvNj3}X59yX{r=u$ev#NPzy)rLaVG3~q3=JCo-~wogjTb1?%wL#%aa4&jPgy=>R|y)0&LSgYb~KY(9WSPR!Y1z<c}
+el7;htL53nBTe_NnZ$GaaaD6JX1(dZTA3sHz~+N^@2573p@|^-m6ZhAO1GRbox;2y7-g$S+^i9v1%6BZ;J{S<<Uu5#x;*O%F*2ov`UDb0_nYFY
+TGjx}@K>vUjXk)!w7}3~UXQ|_CNT_?#{H?!QvFPsM0I(<h5utISA13QpBfQMF(v>@zH*GN@A{S=hG*~ZWV^{Qo4mZQ86)S>4^QKYyhT=!%nD@S
+L{Y?<z6NH|W>R{9e+uXVwJs7upQyk}*IMw|%_0Dpf3La0cc_V1@#$XJrh@L$X_8klr3NcX_}1k2*adTe>E7HX*pjHB8NNnXxebW+Ez8eV2CKM(
+1~0#QROp#!EB(#pq^B-=2MrS8!+TjJ1ux;C&eX|QHZa*q-^Og!*xRlK5^eD&V+Ldi(O7bNNNMUs`S3y#BDtySFPzhRn66jtP0|O+G0k`HmW`=G
+=vacN?8olzefL<>l+xOo7LxEc$yvh$&+<9`f7TpVU#G~MZ5^Kdc=DjG6UX?g!1AznzWy4QV)Dxou4Z5H!e+$3Zx@M2Rn`$nVRg=*bMo$y<->V?
+@d=M-dy!8=u@?BW)Tb9~F?yu8l<^l-;d<K^I}5p{3gk#0V<B{I-587d908om-%?BuhzP@nwBGwjJGgi-2F+fCdv6q-St3%cCF3{HtS!C#6&UH_
+7I1}7&p?{gRlV`^_O{hO+tIm4^2!;@4O6#om+!Y2^m}X;y)Vzj+wH8&sn1yO`Jaf^sh-CD4(bZrfh3BRIFo5HG|Y4{FUE3~@j~yblg|#zu^r%b
+f>kc>T&fMb6-ms4@NBIbXBZ8ecfhaUYr$<6ul1wcO}=p0avs~WXDk;AQN!(rkym~58ZBzf%dokI`-=rfwyO3Teu-nEXdY0D+f`b%TpGzi6yzzP
+HC_Vl_?dIH!)mr{X)4N6-{7)W{wbe&VM>GQx7+pbdw*Y0c<9ePoiFb>dJ7gV5IzCA&6oh{sQhL48N_XHT*sHYM}sICJm`;J8YHk$1GT=M+dD)=
+$>*CWC!fm&oc+p4g8`(7O||=4)QWd<4B(yX>BX%bgIDLiPJMire_%sMm=iYt$JU?N(P&9z*0ktIj5VsfAF|0ggrY{ygN%({`BA1zG+nDHF?HgW
+bVWXFEG&9W?zX6HFGB!0(Ll^*X`B%8>;+kIj++qV9r*;BwDbBHD}KOgzb1zcwCGR7)mLcy?!uNA29Z|J`@sZj_oyAlTfZEa5JV{7nf=ttz3unQ
+;_djxTeU}zj<Itt%yhrJaXA0FFmvCtf#Z_%FA_hfv`I`16oc5$+;xmn$5ZZ1HF?k`jKazfKIWC6hrKpf2U44BcGU;$yCrw{AlE{MS%hAdKR2e9
+1w4BFcaxHI4pLjPdD~HwGK<oVVGcs*3FYxa<NICVmN7PMVu|+rIYWQxHj2~<i`p0)fUElp)I2EI$OBR=2*OP~Qg!oLq`l?bXUOV@%J%ppo!RK*
+Jh64Pgga(&h7WPp{*`KkMNO)fiU$kj_<RCmAwXK^zhX)6QEZ>4t1jd=kN~357P~9oz;$&m@0Kc1u~ibwBWpsu)_x~6uCU9XcDj-Bu2}NUzoUj0
+I4qs-Z^Ng-=NhcO776Pw@RbRxc?TB1nxO*sP94=)hNxJqLJcQHoHxx}yHK<1mU_;453O5ffTLL`*tYq&OA_!wXoZUJz(5M?U*mjU6}^=<^6KXG
+2KzE-ix9i(L0RxVWcTl%dDM@aEWYb}cKCNxX$DZSi<b&~pSI#4%ARrz<Vgvzt-x<edkMtRHQ3l+A0Bi@NI&{5u33+_zlru#U|F*h>IA|@c#K@3
+h6%<HIGB5W9woUlY_`<7YFjlhk~=-vMW!~;erBY*xk>6PJ$W>W8e^bzUE(z$YzpjlW;{s1Q5;DRNiQ2{KvR5i-VUs>!HVpYW*=MCyFIb_KwWgc
+WU0$m80Hy(p(wA>!CKtyFC4hGnXcUO;b~Tsh*cTvwWJ*qNftJ6go4_KoJzLf$ozAh_P8Ut>oR<5W==?RzX8S}tykUzVG*#*yfrTt;_MJZEnu4a
+H2&nYdQW7sW!z3DCBnEJ0X|=mw<`yJb-CP~;d=}AZ-UOraLX<K`Jv1oWQf@S=+u{Vrf{yu;Fpa-5ukD@0|si%F1+LCKYz?zGHUKU;dz&?so^@q
+Qgd<f9s+#ZzG7GDrSPi=@W8iaL0u~4t<ViL(c}%AgQy*00>gFNJWFWH-`3xZrdViydX5tGY>)&Md&ncAl^Q+I`RfdTywpZFSh^{4(+MpdLx^RV
+D#G;hzEJebIFh6KVshxoaz&V+A%qG;q?iB;cQgO-VZ+Fh=%n9mH!-*%<6A4s$kpQOu*b~2es%%zn%UZ{I_0Eet{NsfO|+S%Y6-UBfFMgw=kt3F
+PQJ(tA_X@o^7{IY0C5=abSJzT22tRVq);>PuW_WL)fmC^HuOv>L?U!SO3p6&(a$EKt(kj;&b!XH@p<&P?gE*Cc+uyo^5&Vg)Yq~jvYQB+<NqX7
+?qZ)!Mvh8Z13!<xW5FDhngVEpdW9S}=pI^9fUTe&*FrR!@SCSc!~gF7_LJ<$gf8gj7lXj)giG4)>!SDcBa5P?p1#<$$Pa}<-95B)s1%y-=$btc
+46)}lxeqxVF*S4^s>YHZ7aaINM2__Ox!2-*8)1S1^5+wHxH<RZFA(X{nF&O``i{Qwe&#VEHS}E#fLs5R>{4(dS5em>J6qx)mrp-kla9}gB)-qO
+RIyx|j_x0IzfsK59FCFQB>xdmuCX=TKB_ZKu2en^Sf>(4K?Z{5{^yYb@)E_iPPK@ky+A5;>D_MG!kH<JjnuCF$L%}MqA_`x`nJ}tg|B~Mie-#P
+DmCbor1R!U=MI+3Rz-@zo*L{va^hYO2t0Ut3vMCi$he!ZlCFdFqA-%w^the?z*yxE`Hw$nJlDrKZ3AYRvx`($4~B`l4-s@XTG9Mx4dd-H*pXJf
+1ThB)#b=<a0FCMMQfNemtW@+OSkw%0exBfT*}&Vfixr@wv#v_XFZE`m1H&y39T^3$U1{lCvG?;;Sf8^#;w26nXt-PUwsmC4_bQm7J-S&gzounE
+71Vk=8bm{=bZia2sgz5u7@Be2m-c#uVHu;2eSguw3Dr9s8RoX3JFX-zj~<&z=B@k_SA`?d3tyb!NK>kHS?ohag|~te4q@bKU3&l&m+;Bd@H?T+
+H^#i%<==Gtd=LCNy*da5)ph9H(Vz@6<_l=H7FI_8bb%48`4XzYN>Wf$lt*lk<zoNv-Qlg`A8?{Zhfk)FV7}o=iaXD+9$mQ-y+?op9(I^aROuCv
+5{g?7jC}8jn=esSL&1j96uy!78G27z38`^~gpKRpmQ0PrL?=_aS@Yc#q7s3T9gw{Z1a*b;Ft%wP!_-Q24BRigQm2s!_J)_;fvYZ86A$KfN3E>4
+Qk3H^b2G0!bgtOKxd3ubJJi$%K=az@|IzGuj2@!BTp1Y-&TZiJ2>=ZbGWmpZmL$tv?qyMLDQ?Jj$!a(I>|oxXM56DtllegzhCnYp^ds7AO?V6t
+!p_oGXEhdOzow!Ao}()a3qjw#WSVXt%Q2Bte(J^!ImD$TkQ+o|l9X8tV~Is_k3KhN*;?sRwZL|+i+dt8X_K5P^-BZl);>W#B92DGCAQPDH7$xk
+3mB+?>!2Y-R{ZHevx+aRj7=<9ZMXm8BvoA;ll`x6Y=q+|p0$C1g#s7!+F6AG7fUfG!~qj5S5W`qADjn_-5qd0n9L}?B%q#XJARBOCYsz#RcwY|
++3ldafw=ysm`n;kVO;O4)cA~_bH=eeiDjROzVQchjtD?Eu6&uXObo2kkLKZr^|jhd6^jy4(Bn-S3$0x1^39|5uP-e&>7_xN#S7uwlV8c^!iI9c
+%y?cLV*+PdvI{b6dd|}>^I-xZa_9TH9Qm7^B#V!Rv3VyPV)rkxUO0mibQ5_5!kfLdV9FfgKghchd3EnGk#!@(BYvTXx_Jya&pLEhG+4gRtDxXp
+w&gRoT+IGHl}(}26%?_$Hi5=KPJr8_!jz{0Q1lNpC>z$-OCzH%C-5^E@svTC6c;L--SUG?=qmT*InJ^kF7`B2`JTg|l@T(U`!mf2NhW-Aa7<Cr
+EZ$E#JB~2HsQ?DPVi_Q0P&#I{xds@^F_=Y^ojYr=Fd#p!tz+Q)2x)9l*2Dhk-o_5|Qw}2XseiaizGh3~`MeO2^XzZQq(i5>DGIZA-CFe7!dzgi
+HZtM_ASY^vctUKjb)Cw^wGT)Rv21(sM~QYMIpM?mh9!E;D-JZ;kU^^(^Fl})(j-ZUXL7985-n90=Xn=-$)h{eV%c=W)znR>MHDH1lP+0+W|SF2
+{}oYdD;;^in=fGt=zP^~I$PjxxB&v=kSSei8Az#uqj!}T^U{eJ^6DI5mR^k*P+Zkdl^SNwDbj!F-0I;+>l8~4YeknYR>?)Zr?nGii<?oz6I;bJ
+hG%!dhZf+=_)qI}{Q_3jk&-k!VYY_d0Nr~eRl_oH*C%%BAltZ$Rnh5dh2k0|FcI1Re#H<-j258HNSLa#pSxd>gJRg2q||1jCwx(P%TVvGlx@d2
+M&CUQe9*3Q$q_O2MA7%wSg2leC|rBIKi~EO#w4r@iD)U?wI)miUL(2@b7oG|vjk)eLxJ8iWkG6qzG{^4F9$t$NAETFB7wwOU+`DGG*$h(qw!?i
+&q|oRIsEV=465cW)=;ud8%;eVJM5tu;Vc`Do%{*d;W+Nlka<YN==bNO`W<e<O6-_9;EKOPXd>9MQ}63^GRwza$b|Sa^a-X-vX9P2gnS{qqIPP$
+{2&VDd+Nrt8iA$Imv)wN6TO`Vz;k52sIaC;5O+-%q4jg%DFpUC3+(K-OWt96=2&Rgr$RNwd(Q7o?*W+ol@qRJphbVxNl^?+7u#(VwC~$fxx9mG
+HYRF>n2Nejdh`pHS19Ec@A+>ao&N@dOe4Y{BMt0Lh}|2nUe!5=*3NcmdNU>0CBMXo-f^I~R~q;~+H7e&TGS%)Cz7(!tCMWq$8)JiIa!R;1h0iR
+MU!u<qGk(?C+P79!^Ii3l6iOF@DC>&R~1b8zz$D)NpJK}LeM5m{6w&L!2d3?eA}_djR#VWd!kbn+&oZcS;ovu{+)U7A{Nb`cRmnz|EKjYcq1Pf
+M&3t?@wHO*7U&g<n%gc(O!tLUt%GNFhi;tgst_@}0srYcsd-d-2`XcH(N~di^0C95D(YCAbC_^v;;_r}KyqcZKZ25udWja9UQl`+Kw*=fWaZWV
+8N6gE(sUi+-~YG$T4HfIQN0wqM}Ub_5DyAgr0O6mydc&?wfQ9l@&#d{94Pvd3cM}Zg^YtyLxd3L+RQnWa#`h<)pJs`T(!ZgBY{w$5F29qy!wY{
+`%sRP!KK}+Z1B$oUKI3MnddJtNWhSHiNT?7(3d-{Ofbs>hn;81;Y7VbQ*)(3Zg6O%srCqfa~7?e4ab$7Al{PeVOv!h2$S-vDUbLF#hHlLtj21`
+&$0H4o;e(E=UX1>FZtiM0yQ*<*t5-d7Z)Wo^5LC*U|=)OiN)8J;Zyx<B|nwBQ-yPU#4kgSP-=+F<z)%D({~Y2Iu)r;KV^@G4`zE_G8AsO3Li1N
+3*@6C5ti;;otCSv^YYrNvbTwk4A2h^Qd?8stK#ote+zsw2+3VI?xGB6=Us(V2_w!?!I@x_`y$3*b8Iv!Hykh<Yy;u<rcf!RH>SjG57c`syDc|(
+wnQRP7APUP+f!!))EP%LO7HsxNozq0QR2KCFycg;k$;ATph-8+-A*l&72^@?RW|TOBV0q==P5m4tkptd^U8<w2)EfpamkcSo{dT_CFS7mx5u!T
+*a(5Zky|PJj^jIls{GEfT%}E@X)Gs>xPm@q*4eLJ!qFJDNtNT={cj(k<o9F;I-`(6hwH32EL``k#yv<#XCe`MkH3>4u<@VJiThGpAj^?TsjaZU
+_LMfT=~zKvSfUM`@x(Wcb=$!jjB`MKbAdZxJ-;t)FBTU1$7{)T1zd7K+2Bbw=y<-d7~AD^z1Y(!OiSY8%p<RrD~&LGZj+>TXra+)XGey~qZ4}G
+DP=adP1WQiNwAB>aFE@)`%_J{f`l}AVHyfg!K7rH3ek(H((hP0B7io(%GhC%H%c1kV)Bd7`lL`%uCR#}nXrh#>P!ZM%MILr3o#t*yhZk2s$XMj
+sH-qOG?fy3tHT+>hx3t1?0Q3^VJ0z2K$1eeR=!WewrrsIpJ(zjpAP#R)<FiZ5YhTf;H^g9fgC&8fxAum<J~<3fTdVF0H}_e9$IBbE8Z<M0|Y&!
+)>pngjEb!Wh4%<(W-{%IlEg`@JDVMUy1T?osmfn%0Vyke6LY2~+p!zNl6uMEO<_B*USin#kX2ru#D!5_p_2V~K;vhZ?LoOUbh;LU$Q_Zz*@HB+
+8@Ev9>H&2QmZ`LidD32(9Jj6P9@MhV+hm%_W~XfK(|2#7^{kx&Ub@XN_=YU~6U6D1HPnafapLw!7y%@elv(1W=#fkv-Ln(Iw_5`t$K;<-Cp7_y
+St|)F-%k?hGV`Cp#Mfko{7B~YhUf;5@7sq2rhJ$|Twq7;=^@Vcj;XEgigZO&+$r$voeHo%ZQ86tk<e&f5E#gA13xs6jhl2W!Y~OWaJ?HdVS7_r
+;KHldaF)@#Q+vTWX!;!#|M?1re=}>LlI76uB{I=&Tld~6Shb$SrHv3N4Vd3om7Zshl&uyZ#C1EP$j4jQItU;Cv=-Vk=DIGkMl+hC{41I=^_Dd4
+v_lcsj|k`0h0-F!9w91A*TkA%Melo}FN35tmipqTALCNTD8WVc$LO+s!{K!xTKlT&bU!>7KZ>L&uhn@S=SG)BVtOc0x!8j6$eK4QU$nTX(pVtV
+a3&j=0E#X=H4OJRK5pkGWmug}180*d;BdGDv4dLfMu&VG&}Tf3xKfYaBbM^kvW7@PpOlvC<NML%K1}z@MP<&D0LJveO#Lo$-PN^0g;e&^cZ}vm
+7LB-)5&Daym#0}`$PK~=;QbWj6otOLKv43Fpg^!HVx9LX22(^S7<KFv^TBiuI9}w)`$*p)I_j_dMZb|ZFBBW#bZWwq8WgtfOf2SI_E^*uaPm=y
+J@(#)8t{mP<o2B_6YLR0M0SsG@1N}%H5dAOyGns(6XNq8JP-L`PHw3YabM@ys1w(^4ildW0%)5j4W~!KL9;;oY9^8e@^-GNhF1NI*IpJ_dS|17
+LM~<~p**ReWOh<EZPp#VQozL6#q{@uGn86`E>;Z`$zlR387Z;)9qP_T?DT0u5E+42*Gh1F`9l#xOWlYL8p6!a&lQ4QA%#c#7z6Fy>m71yhy!-v
+;1{nga<kqvK1s1~k#L~SpY4)d*^uKV!<p4Lla*8haQY{B8C8KeVuPo(>St>mek}>SRb%H_MVCw~X)bdPJawN!g*J_PI;1ykcmM7vbG)O5;^@<C
+^kyxZc1f+j6~&U~ks6m(2paWEK5_$OdgnCet^(YQd4<Tn0T35R(8aNguZNeyYV$^87c_6oG|qY-cC>Xx?f#A!7PT$WM$(ei8{FI``QpNWI!PGg
+tCb^fPQW`4;0vvB7vLPe$Z?~T>5RV*1;anzp7(s9g0dgA$MXI;-kOAk!v8sMLhHJsHYFI}J<{vt3_8L5RtEe9M^@zzsb13f9|E<=m;&xM2wb!w
+1PzS?Q;R%F=N4gZbCPF*1y!?6WDj(6AYk;X$lM7P#j%QYxu^Ochx3$Pr`@RKLr^&Dp^SU!_=g>@)0{3atj86Y32%**3n{SchI$aP&zX^z>75Pd
+M~-OonW6_gf*oU}D}zJF-$?|ZlQM<B5tD|4-(&_U(Z_>DW{)4eyC1SkBLG%xa6wHi5A_n}xiiG2WO`Qd{xR)euxN2Atm!u5g#Wqss`PQeJLshV
+^Kzzyf2mV-vA#;Od3|l5!0r{ehyk8a%vvdf>15(RkK*HzGImk95^lcSvU#6l^L$8Rh9vW~XRgU~(k8j}XnG3uvsw9UcbBPYrnnYjdSingoO;Wg
+z@BCEi%JILmotIefV|3EE2StQ#poKJZ_)bl&K1&7mAowVLt4q0fgU&8?*J=Z^s$#uAfndEi05)kmDt;)_%x4r<o(Xg*pKn4id_?Tp(dx335O|%
+kQXR^9C%|ZeiXY`AsfIo3Ss4<=%-!2cBTe_$7@NpV;u)~rNtR=*e7T&$$suVCLa3}B=$J9X5%e|2~Ee&Zh<XZQt9(ME#@-^a(M);A%42QO`?@|
+DQ=8QDtCL@0}<Z06;#}~Rw;r+h2hOPzyU~Q$S)L%)=lrigJe>z03X6qT0I#bUMatPHjkruA)&y^?&qr4w3B~!pFC&zLEtu&4FeeE;TH7UnRG|x
+bqooIKk)Z)=Bb5s$0Cywo_E*-aT3Wn3snEoAQkep<&+c^I$2?}FnPNbfS~$W;jyY%E9byxO#ChIe1erQNw&{Yj90$cq%+rwV>cFL5i#`>5k}}9
+Y`xh*?oyF|92JXE(s>FH>;Q7e3q|!2wQHa54Q#ihg0G1G44eWbT(~2XVb(UzWT)J^G&gYh^y8oXq_5=56<2dmC(DwmlCkOXE%UHny%8okN=pi(
+45lBe`EwpNB)t?CK=(C3e|>j_5*o)Ey2R<H_N`ZYkh_)H2EhGs%eOC4b|Z*&NbTKOF{rSFIa1cN+$zkuD}yaR^P(P$1VcexUta6G56`%reeE;6
+WrGFS7rEO2g|}U>AFKa+`&+>3$mO*|B!pW~hl_toJM+h^Z-nzeeKa9n!$M#E|7z<H5Dq1Qj8jDnPTEsn)%8*Jelmi*6PEq_1Ji4`hvWmv>cj(l
+)#)>O(%Am%i`#0NQ|HNwf_<hc2G{Tt^*YHyMklH!j$PFk-SftH^xMaw>^m;ZL!&G1k2I0Y=wX#NsiN@)QnB6e&Ee=1^l^s`MKPVs<?vOYT8)*x
+Bf?}CZbf7`Q#HHTq0!`mf!PFD-&j>@tQEE|>02}Dq{BuGfZ7p5*GuxbZ{`bud5hm(I_}^{82^EIgMk?o<^V63G$TDxh39d;->)SZP9tS%%aks_
+Go5zVX+fK@>;7&Tl@CGyh56;nyv9BwXLE7)N_nW!v5}t=&XAa|wPtomCJF$M%NEiiO#JrkYunB~4QXau#hlHxM|Rf3WMJ>PRmn9hiuEc<6*Dd2
+W9Q@yn<lg8d%sGiW|4xn6rZTg7dGyJY1aI0sn^Pu;U7)|DL1QbdA!9ATolO9;<sd4&(78rXoGzDO^hWL$5Zn(bP?+Cvu*V-`wZB4tBLq`XAMYv
+uLnP?;qEI-Us<7=J_QXknb(uxun36{c4Sj>=y7q?hMcy04?J@e80mo;?5c+VQLq8K4B0J@Z^1ugds<AnPOxI9)7FN)+oO1T_@Pk3F_Vf}l%w2R
+D7q)hNpXWM>~6X)3Ul=6xyVf~99rB*z1Q8hh7@Z5<JZ~bQVTyxffd}Zi6doTmu+6t)KE2ERaRJ?yjoMbq~?HFDqgQ_z`IJpM7$GB=}U~_i$M^|
+W|=u&d)ZT*Ok`4&Z3d`u)AO01{55;H1Qui<K&dTPqI7q8{&N%>I7``F7YHp;xtOteF}?TZU19?fXz+2dl;3#VEey*H<(|GAQ-X|j>~sK?iu3K_
+xT!iWnT&iDh5c6a!-d%9qnLe7-!^goPRUh39mQ<v-}jy#=&N}dfuR*Kg#fITq*g|Pw+fanRYt41cVK)P<JHPS`ocPvH*IiIi$ZzoQ?y@jw<(QJ
+XkLp7sQ~q}H?1tn@FkL%w;9UefAzQ~`5Uc3*t?R!3=2q}(>4M-<NXChcP<;T(-BOL@rR|nBU6tiSh$RlXlQ7o-m<1>cBX^ThiSl{o=lBYD6xGI
+d8OsGT+*{u84ouzqB+D;0c_@9J^yyQFUaB_3Qi-4={JtSi53iZcBpSXmrx8Wt>kCue=1$k7HChu(SDPA(7zV*S`@~qILMyCf`cj1WuRMBR#vn<
+)GQ6CeO&TdR$0q)sKCSOizP+f>jr*DGH|z8V_>r8O0K<_I1NH%HcxRY4!mgI`9ayFCC6wr8gi_7GD_TSQiZn~GMK8@`B$O~LBmfZZg|Tw-5d5#
+6>5!ywMCw-#6nA%rH!Xkmh+vSY6RJ~V-&LlzdKvMP=phR4kelgu_0AV!VN5_&yfoq(M;|j?ErqXmp3+qmN6j`W5o#M+V=T80Tr68yfU8BI&+Ry
+EBF?6b$$$!5c_^&VAbaUso^Y~?Srf%5mdj&+IxXdmn7&0h7tmsuVAJjWHcWf>ok$KzVvg=I*r+T+_*ehL^o4w5_Af21WsYL58F8r8kU$@S0)bO
+Qa#N!8_obqm{1|Kqdwsm`63uaT$?7F&DiJZJ&1^ZELegxvAp6*-V?DGi<!sQb(zZuKKOjytXnK@B2QpGuSz|qpc$9;H?B@eQtp&0pkDHecP#@L
+FS|Q3YS1TzFD1VMb;BK)eCPQsFHyJMCi_UCE6a%f*<0PL!y1;D)`yMy5{?+$lljPeDQ;3*dE<%zip=SPK+fcB_&7Q-J~Mfk@FUw!z+~rO>YsdP
+-d#G%>r$Uo|1jrpHp$3wyqBQCzHS65RW-;#^=aRK(T1`BvT*RsKIbKMb4u@USPQn=x|iSz?2upy9rvtV3D)`Q^QvXvO57|iHS|)}O1TpF1r7f?
+qq;i*KQHrUUM#f=rA2>;urv1`*XuW|`wx!Ena~>V^4>qGr^se<<u{^<toDqv1S}Oku21<m{=B$#?OQxdqQCzQfmZDsbFKF3eG?^l0w!gp0NP!w
+25rDeR9|`&VQYZ^q1ZXk;lmceiFj>@ar<jXV|p7zmVDK?$Ad}Uo{rgv8R!bdsOF;k%6e|T??kB;|9xOl5sT_ofG8O2hd|{PA%BGMduyHKYTVBL
+&`hEChV%ae6PeFxNVDa^c?`bg_MOz+zaA)68a0pv$C<3#4ZqeNnc4~sNy|iqrg$Lm1YeU2^2NR=*pS{!6cX-wuPw`%J$Uc{F}v>)R+czEuuQ=X
+r(U6$Vs|~7-jbq|R8?_!H7-t1{R!5xmYf~qLK7<Q8$`3s<24LDGFQgj{2MC~Jq(fSRwwof-Qv|uZCKiqcC)d^uW@AKNrc5UVI_m<AjZd78Qzls
+EXM^YuhU4NNzui&twMZGXkMdSKZUpER{IKWyBHj57Nnxgh05yJx8RUAC;!wu)ti}8ye>Ni#yG4oNX+?R?cuB)>q@v!tT)Aal3xN#@TP*aNc7c&
+l@+GP80~%WYfdx=m@_ewI;Z2RaLuq-QC*foOtDl#|F&dejg*37Uj{)a=Tr|7#J^M!0DX4MLSnv}#1WA%^-#hPT?>{Yhud{tToP`-_knrPK-NPp
+Tp6;jARCx=<vgob1roWh5XLgVEG#Gvjskk1GBF&fAr5;&+U=<46135UqZq0J>f4%d4_G+%RFxfCT-BIHT0=B>Aem8m#P-X@|DDf%)^0u0=YV8J
+IxSZm9vK$8<kzS^J}<3h(zHRH(I3;!We%@Edkk=PmaBUK$11`rJKL~5qxs;%UURo-&|__aTaO18R4|AEm$SUccN|Q5arMbo(kb$<v5fkf{AcvD
+nO%O<T>GN6f&VnS?5G4nXt4U(xMXQI2x=?5;fBb?75I5oqBQu@%kM3tL+o5nz0IT{W+J(B*oxR+p%BRsDaJMBX8+!zh380SgSBSnj3MAj_@Q7@
+vk)ovUuN8xZHEUbB)%pR0f*8uVi~NKPf$G$sd_=Gelh4|Dc$`h9#h>YUvOIr`_rQ|`U~m<RPkY~3M<bF0TOr>t6@2As1WXvOmW1oEVyZjUq2g^
+HLw?EF#x6V6c34Z6J>8=-s2xCl@D#yemv6QK<_bXI{6KVnBjs1x$EBpgKNvurA+^cc0Z6azy^L)3$~ohC;SuI))XTPjFXEDFY7sc@Aw5cM+EO<
+FDk~(T}9!<xx%A@aqD!lcff*Ud&>KX@I>v!Xtcaw7nTRZF?~nIOnhb@tr5&3jukGv2|8fK;}Q+Lc*CtVfCJDqj;rdA$@;c;#1`1~!O{AV_R$a)
+fNtXqn@6WyLVPQI6iA@@Uu<_kO4@P_)2q;Rl7$TmCKwh*WHKe7@3&pTKkVp=HdN>9<s;*gpxv6wNl2q;wT01E<MLc<Xer^R1$##2D$eV=mNVea
+!AqIak$h4jDK<yX6%XK`8&dU-un=}*2wM$<Yu~e_Q?@NQlo*Xq_@}abX#(#Duk+lZ!OQ5nqLuq~Ult9{i}cBbNnhxpsNY`<{07|9APHq{(JlBt
+M#*kdWxJ~-3B2TDE1gyc!TvdyxL2Ayr=W-iTPO%N*jz=0*9M!KGt5>_L8ub%0zstde$>z_*dMRmR&qq#i)bppdEhXkXDE#{@AD7`Hdy;T?X{YJ
+8R)^J&^Gta$3UNI56}f7TSB=UALuwiYR;7b<P~QMYPYE&FeUxr(3e2${T~o)pg<{$^zzP6t6iJ5sG>h`z`PaA-Cm<Tp8UAgSKX<9;%!!GE_cr~
+`$I7TdEvG;-YUa;?dB`CNTl6PQw6A5ArF|MP3rS0Bd}YDH^|kr4~h%(jRYcN?5#hP`-o(0X3rz%ILh$XR3w~nZoP>09t9-vPg`9)B*z`Vkq<3t
+yVr_8)?>f%XL&%-gP!RoY=Y{I?PQ9~a_F)uqC}0M3#(CDdp{ty>m*i~zZi|K<SQ^suH&VGP}Wt>4>#8XFm+U;djRBea|IOA+x`!SkK#xTFGDz#
+%gDQTfKR@z4eu%EwYkZ#c3w@GJGzE3ET~vQiP!2>%JCF}N#h4spXY++6dbQ4uFCh;Vl=FD@;Yajb|6;CsQsBsD8g3`fwJ$fJ)Og5?CaFXN3VBV
++QBMW0@&Qx<6i=6v%UeT^TR1Qvfd=(z=*v_i^fYvFG_Af7x=G37w87hDLak8zv>GBnJjd{b*q@|_lkTSuMp)x^`0HY!OiCToEgv{pXmouAj$97
+<0E<4t5l;}d8Z_szhohQwBmjBDm-K?a?7CT`$jlnRa>_g4eC8Q*lMO585S!7h0!JQkp&ii7240rfPq#L-SBkcX_nMai$6bnsl+b445soN?%3jB
+GVGv;862zTG@1AL7hcFX>ZMd|_Iz!^yKgf~99AEiXjynTOIVa>=+Yh}EgC{?orN22aEc`93$0&AO9$;{IW$v9)l_|IE<t`Df)?Iw3+V_);BWf<
+tb!Z%F0);Nig|?PcH{E`$99b#Bx6-MOfB)`v&j*P;GT)SY&~~w3WYMVHUY6@JmTq*n^p2eM8(xMPWYB9e-i?Gsizu?u=iS5?#6BXsiMB&rnTuU
+wfEvoXzr<vGqs=w`!H()e!R4$b~guBIRCS-{Iv=8z+immP`7C*5UhCsnM`?@+X^UB5nczpE4`>JGZ01<0<^R%qBIeBA67>YnmP%lAzPj;pVUW!
+((}&y``C%ZH!VDJ@?a!BBF=Gz%Qhu0E@D84{*ck}Pqp*upq}GsLH^y25iqd~jUR^T7XX;r<>Rbf1Q2Leux~7%yOM}Hk|)OqN~4CDT!cNi;)FT+
+2KQwysys1+00t3%uU!3hmKYu?gDXtJKc*tsGO26sQy$5*fPZ}qQWXRis<w%Y6Q!VSbyDk+7wtHVwj_0!e3HBj?kql7Ty3x2;ZY<D6#b#dPUvH8
+etfSVUXWDrQoOflXI(W9_!TrvAkh^8#r@7qrrh>hz;xWh<`p1ts-uy8<LY;VjNuPvT@tQRi5Z<Eotx;ir_Ol{PLAVM7=v|P%is8lH@&d97gYx;
+cfX~FO=<z`;_z!i(Pz__I0t5WRo2cw=1xiorZk-PU2IuR3I-KuK3C+BL>hJ1Vn>wre|Nci?r#wz)ITm3HDsY;7i>HM5dbtzF6{J%1rQHj)P+tE
+p;vKHeqN4+<DU^^Z5lb}MQ1=7^tV^VpsN!~dmQLVo21qF(e-OKY-*iW7<?`strVyO*k^j0!1R=5?r)HRP>Zz7kpso=F@7v&XZtvCO(w0YeUjqy
+g=sbIX`JQ&cGpsuHB9;+If6)v3Gj?yY|r+tZ+}pxcsh5{T&P+mpkYtpV|)P9HEb%CN>Es*U%BGbsd=3OpMnc&0WhOE@8K_5AN#{%n6X3anTXRV
+J3~eoz@5L*$nNd_%Pqm52w{e^hs;Y$UXE(q!O6);{hw)<{5a+m>;hIqm~unMFB>ku=SXwPN>*KcS*bP5J!Uil$jXHLYZp@Qu*niZ0}HHqc6TSe
+HK|rQdhR(2DSt_zDK9Zj4KFUDcFyQ>P~Ruu5a6T(%XbSO8VGAz9;*Hjc=?Jt1qzd}*ffukjqw#YS(YZ<jI;Y5s=&$dmGTh>^wr~Un*=IO+6(6y
+^}f}!Qn0=xkeXkyqQJ+*#(Ijc9cdCcbeu6lnsIB$8aAb2z}NC-&7DBD<a2#>zCkkMtM_~>=GfVZc!Sa+pUC-c{5(cp4gbGX{G~6x@!K_dPQGF5
+Zr(fYF3}p#RQbJpdW6S}p$zaX`GMmeA~3pKaJ4fE+M^P7tc@?@%sG)PpIcA(1G#JpKUyWSw4#<ui!K>B?JO@n(b<))%1fv8zrON?QwvEoAO?eH
+K<v}#f-<+vHjA>Y_dleg_5Xf1ak2r5?4ub7hHIH!I7oZZNhf_G0`>F*i9F(NrY=++oKl;eV5i5MKa;8KT$K&tGA5s`MP<^Ufazw$a75rR&o>*L
+d*UUghe!f5q(n;R1=9OJ-&ymF*Vb1hpLR^FRLxZk(zYYTh4G2kl3=LUqKu_IZn@=biRO8v<yas@r~|{}8`OIeQtTieNIy8_=KGLx>hPQ1ciA+&
+y-lzsiHyz97msQb4Czz}+Qs~y$$HjX_(!99^$epe&##*R3MUp+_M{C(muYd242<rG>@odXx0B(RBL!UHuVxA6A#DE;X4OkRCQ6g*X&TxmN62kx
+&^1LW?*05KVAmUHH1o@-!Ez*yfWtyHe$wqb@R2C5NGFzy>z*x@!YIr^X9OfeGzG-jVBx9L?LuSHBcQ_P6pMAF3$Ky3^qhj5g7AVO!O8*j>aZ3!
+tU8F>6HyC~rfSQoIQv)bwoyJ9^LkU!s?`6XE*oSk5sQO2azzp28P)|pLHRaE%ZY+Eh-h;xLhQCZy(>3G;+Dt~<8aD%Ys3Vm6NKf4+gVg%01o8Q
+AOZi!enC`ZA`YAzqFzQ*WRf_M`iG?X{DQmltO`OWx9Jo_M+EYu#Xiv2xi!u;<J9MF#9?I%ZuqNt6b78g2&n^UYjH>u))BT#4r$R6ueI5X2S>#K
+Kp;yBIbnq84W5@=7P{%0a)cHY<_7;wz&}ivLj56urn3+9MYHH3brWzcX<-<-pFMWSKahQpdKMHTNQV7g<+{vdk`vD!w?$~MJg#ggatE4FQzYw)
+CvV{YdQE(nfH6o_=}x^>WBp3V==wY5S#e4)iq3n^Dnx$8D(qkBwu`~g0xX^_(IeD~2G_eRdzp<hf6YuP%+ewU$2_xc48u_AIQlmWB^@K!NZ-Bh
+ttnSU@y0atVbcpe6r8#b3^z$V_DQ7?nXzk_-hPQTsTU=gr1y~>ZBqUC2(N0sp+rfl8^Yn48Gukz93wf-_8q@uip%+JX$VtaFr}D5UJPK@1-wN`
+a^I)NYUgz4IJM1xRtl22z;Z$L(*J?Z{DPn++SBEJhRm%&Cz_oMx>ul{fiD9IF7cG@i`2v|(g+f=J6OS1O0gIMd+JEx;o-;(-shKHr$&#PvJFyZ
+ic2EizOcBnL|u-!I?2ys&G?ZS@ug*HlijFM;8C79*s<&I28Y5O|HU^uSP`zsa~F=G7j#YgHq0|{d<Ih=mU|PZm<e|b$XzNVJ2e<5R`+gH?0)<J
+!CbfHTCS3llgGgF8mj#0DZR8=i4JVDj6fevo=08Bj<TnWa8K6O=Pq1Z!LMr^JtO(OCk2*nYri3!FijVJs@@&w3_oAmnZvdildYr|Wi~y?F%*GO
+=S<fc^l@7Hxdu&SP#UQp9LVckP8My;{?H;?E~I8L5s&nNrEG@qozp^rA$)pzApRe#7s;l4zf!+0U%^-u2}k}TDKu^fm2^*O{?qh0RCn~ztq+e-
+ZnkqRAzHHC$2A9Z-B?q3g^CqI&4H^L*;q_aFxagz&G%ma<vFL~E|G@R14Rw<_XPaLLi|T5e(qdmn8$DT)kXU@tMWPyT<QEFr&!r(zgU&;+6c!9
+A-3UY#Q#^FUaXNVZZDf%r?_}LA*`WykcSoxGEjWd0x1m3OK4J{Lw7j1-#x#C*uOTnh189xjCe{qhL7t-vO@Zbf1`z1z+bqUY9mYSRU}>ACT9=U
+3V6tZz$3R_+coYXOn$+I6v+bQG(V+0HQR>+Z-D7pDc&4p8{!<TMy&Qnr=j(+n?Nm)9#?u7UzHyzkiJ7X9}=*%5^rOs^c0arn<|pL%&uy8x4q09
+%uFRgEV0aj&55{qX}<mqqBldcr_wM+8FOPHqe|^`v2;BP4}``!xO7jO6pB>De>cBkiw_OM5(tzj>r!qDQ~u?>zPKZ=#+3tkm;AUMw92ct8$t^@
+zI$z%ZqnE}YO3d^&pAq#EJO^9VfCBj9}$u3YtlN0U#4-etR0L)&9(2?G7m#xdPw}^98ivJRT{g}?-!w%`}z2outrVoSoG<!ev-Tr6@SY1G?hAe
+FG{Z6`0eA!DUB6Th?SPpFS*u!`|A@VwVfF<BVmZ@zCjr7LlZkzX9@Fm2x7g82{MgA_WGX<iBq2@7yT#E{$qdLnwPED4|)Rj;J+H?gNX?O!?~wE
+cMCC*+)l-~&~HJE(Qfn0z^WInO1Y9sR3u#$BGP}Z`j}9@?xIS*EfjN62>jUhdC>`lRqQd1^VEV9Nr=h5|4?>{es7X5t_aY8_!Cyllu(^Yqj7~@
+y@i6@<g=cEJR-KPP5MV1p^QH{@xQL*TjMqP>@L%v1>dP!A7-{(RBd||Y%Yl-8`<!cCuT~}@6+n!D1)`hPK%HLZD?|DaV3lRyn=r*`D-qq!>kF(
+#PyY1F6@(-uR(c}Fo?Kjpsx;US5H2P3b0eU{W+=8#ZpGOO~+XF?GJIzKeI2gwhRfaB`v8hz0j*akZ?iuskH$Td<ynX7YU?LY3vL;F%SGH=0JhL
+gSw6ijN(bGFu}S2o9|RT{coPu`u@I?eMW>sMS&f#*&1?;RN!TwgAuaO-KiacXxygj0K|N}-l9SF@nJde?WN4r%eXqHuuC_23yBW8P<@%5apN8R
+luP@Y6r`ca{M~DWwj@hR1U}a%9YLVg{gi%HKghvSICPq+aD>^Mkw{X(kl)gsP&y0tS0VO&SA=aYY`&ldpNb!}B}|rx)oSw40+`7Z9T>7Jpr5JY
+du9$43ye*qT=jdTMP52Aol>Tu)c5u!@W6a(;aBG}Z6bPh&@eQ?lemmpD$;N|*m4@XKK-1|oG5N|+8(b->Gj5(W~#<`Y`vqhzrguru7$XtBaNe(
+Y1E8<V)nJoI^X?KI9cDV(>ZX@1|9*<gJsDj?hsW)lf%!O3@kCtX|V5K_c(+On4t=&+~K!=ZTW7(L5Lrr0k%=f;Quo%t_GMOrgwz6v4iT+zcOZo
+y|IC{1f@1q?I$ko*pfZxm*|tZOMe7utt%urupEJM5qnl+YLO;F48FOAquX*EyQT5t<@-QxS`%k@A|ofFwkIPR7FWZxG=Pj;8m@q$x8Clh_aS7z
+UP6k%*d=xy{M>Ia{q2`k!k~envj66;^iK5pMF&SmqpKafm*TM*jw_qzTgF_hc30Q*)VP||<uwK%skW*|R-?5a2<9kr2teFqowaU8I(QN!;QAFl
+VCh5en)u%H#@|h-K8`|^J*}MqrU!T4Ot<+D$8BJg0SY0IQWdVZOoo+GtVz$$6G*Hb(OzNT%DERAPWxc=qPp@2WIv3xQ$*TQ(%5PN`0hEOsCR*X
+3T5uKJo|sidrA9&*<*OLq=lchz0INhCssNhW!ds*NArB!UgsI!eRerZi5x{`gJ@&U*|o_&?a^8#4>OpkKpR!cC&Pu-tX-td?+~0uncsj^`J96M
+<afK2x#igTOuaA|5u)7#;b^EC4-DPjx{(~kJ_5^_ZV;>pB0v#0i)y`)4W-uYsfwW_KJ5rTqkg$e^}#h0mF_#7K}wYTfHzt*F^l5$({5p-X-&b&
+1t+TyC^coO%x{X-(g^n-TMJDU^&ajnB8Z&BcL7bW!2N1NhJrrml{MprwV9PkXaq}Tj;oR*%TlJBizoT!+m|`2GMyGW7##sAuw)Rih)w)S{xEr*
+p~VY_|3%xmdMqxsDeaUCQi5i~t(~)qrXJp*bBvVE&#sJf6N#&1twN~(vUp|RH>$Mt4;9PXZJ)4$<HEHWs7S^OqC5oH8rWi44<y+9b5+nA@ffc@
+jeP{6#(&ZkR>Wtt(~ts{xEA>k0gXAHntCzMj&Y!`)e4nk#uR{}^t6m9QVJmt&$A%+|GB}X&HM1P)l!C<!g0^ZL_T=>K)wne^x-t=|F>_z=XE<8
+{#V22wBW5)@Dkz@l)8p1z2V~*;~G(W%TCd->XL5X4kmc3`urZ7h&|b%ZdGRRYyZIqnvDkr7|lF>+9{*EzV9cz=v!SO8&x=xgoKu4yF#5AEpSS1
+DRPc3_c}08Q|4XN8olq10~S8?dxh`eSo*BEa=VzSZAD_z*j(PY2TmKCIBoN%!hHPgMe5nyW7G=lt5m#c<UjlIzHgHEfpKxTV_E=Z-(3p1PI{R`
+1+Vu{|E}_3IW-_mE>PFb26GLuHh`le%=*-}(6kZtdnWqrp<rp?K9S(z%15Mf8U{?g2aPB2Tr&qGX+x1?dz}1OV_~7%53;oqzNXTufD-rtRUu!D
+SQ8F$H|OKy>LUyqvOy@NS#&)k^k(_KgS6e5yrp!1`nqLmhQ0s^pyu!~wILBqo6@ap!!1rDSHFh8kU&Q)F3&`<7YE{kzHfTqWh>Nj9Hq23$%n|Q
+f}J}xHa!~`(HE1KanEh^us5P_;=$x4iFuh%5b%!zi=0L$zOI||q8*TDdm*C$vN4OdRuRQ{Mx>ZNkP>i+>-E5V&K^1eDv6&t_0b-xXpHURa<hNM
+e!bE5byBDlDwV*1)mtf<r;`n(WPd3c0Ad0s=^x22C_;Y%PgXO`x@FLN$k6>VQ6Csl3hK(K_TPo!7B^tp(`)Q;eOh)pUlGxwp})bGyt9lTv9QYq
+*6Pr2-hV$0ekfw6^5<{I*<-7PE-Xp^B!|%xIRTu+1&L!prq(}bjS&GNh$xro6MiYI409~DLF<+4UZfKd@!QJsG^}1=Ml&o}B!7**!l+*8{$Bj#
+aUa!F|0J)WTA7&X0rbhOI4`yG?3tg-`Ac~}W{?Lsdd_}mF|F3K3Ib=`y*37sI+*p{CJ*|WFVr7@U~TzPg&w9-8gd)4jpg{Hx{FC`BhbA8ynZgk
+<0ifiYZo>=Ftum2%e#HNtZA?@ME$a>#a$Mvb=KuDqLpW3hjth7P<JifW!cgL&|0x4+0BaQ{{71%VW3&BU$@uaPSALG`oB(r$F6uxN3<Mt`o7$b
+cct%l7~bu&){%tibZmx+`QK-vx9x{*-Kx4+;0g(HJ9N-nqz#4egeCZc-1x?8z}pWil1eGb5+@u{VDB?Q6egJ`v1n46K&~C##WOMtdWc|pP_Zkm
+uH)$(GcX^cIn+se<2J>N-{HbhU^?guehAN%q>$aW9tLe<M#p>5Un>Hvjm+S8dCT}B!e}~>Rc}Ci`*>i{$#m?7Uim-NVz0SKS9Yi&0Wb03&Sdg`
+OWJm@L=OS<ym@sH3YpCGgtrAhCCaK|z@(8kyW_$tS2D8VUj6-Oz`Tu>iT?)){OsK0Am30QihA<jPvQRe*l=*c?G!5AJBu1iPXTS?Wl{2_a(5IV
+XRk4CgicQ-sih)zHy2={h!`Xl%ll~jgsne9oB3aS55Ki#E4n29MsQu*oK4w+P_Z9?kM&>~+2?C|Z#&-V3haH$;D6gqGvUdtBNc1NPMgv~taodd
+?N&DT$YZpTgghVyNijr0AC(K8%J5>EcQ^_-ou%U-wJvokvcolcz4TeKpT%K896F8cLT<a@V$?iTJK;C9$n65(9OLL52BYwynon(!nbqO?tnY40
+wR*BPASkjC3DbhWQkkhFXwk{mBB3A<{z+cx&z_#&Yhnx^iPO7(Mixf$r(&#^$kMu79btOn?f_;^vc2m*Ql8mHCS($OUhic;g#xL<z1f#W0s#$-
+{p=Jh9|lW4tZql90+ZI$1tSIi?D`$Qhf<>zU8giHX+jI@AI2_6^F4se&trwIR@qe>wTK({sbA)fA-Um7=%V0KvH3(%XOFle(bYK@vp=Di7CUiL
+X0ErcAQX)iRByZs2sFw%tim?5Ed9eTJ#<-ZWJA@(_Yn})rO3ZJ)*a7q)$s*WCcC6MC=BqRJrZ~iFhIR7!9gD;VqW}9xhd8g+}2E*CQ&&Iry?Db
+F<Ebw^8xogqD5T2Lt|Wzn>vae-2xFahUPAX)U@gZ-j$MYx4!u!<12bCp*qiBzQv=-lmSPsy8R571^dB%H%%!EDA$NQh$#k&l3hn+n@lHGzEn&x
+0kGqb)|2JFRN`+<THu4QoD3ppCee)tW~4<|fLTEAk^L~_dHi+4|7-}U&y$*@jsBU>9dH&{!3(uVd*Bmpm-_{T@$DO46efa5YBo8lO9y7ChtP+?
+xic+YP=n-aZ3&))Kr|Mkb2w4F{0LvR4!6Y)G0$hbV+`(Js-c>!KEG5|?=a9A?->dqtUcCysF<lLSCnw%=*w4n9^5?vZj)tRmh^}}eWSY5GfjIR
+ZnFh2VS=(K0jNfAccp5hCTgN#e>_s&GzvR;jLA|FmL$%jceJ!E1PsYIFWShlN*>3zFT}_mfK=Ekj(U87s=(cB4+@fbH3q+*2fMCfo>?AHHi17=
+?-1t!c)DA!#9}HS0?H~DA}$sD3S^f(?FTzJC#%BUjWfMsiyAD(y*SnIR@NYOmo+`la{7_6mtI)e>&s3yV5^}keyAaIq3i?^NB1&U2H5=N_UA{B
+r(Z!kbAHz;n$&{t<;Lt!^qC8zjk}35{raE^f&)-RH9+%c>fM=_)_9VBxAKCz4Zr-0$)9fdmhl~tM3`cTsG#(5jqe`(Exx)x0eazkk^QjeQt<l=
+ibktg1Y2R)VsAh4Uh_HrUn+%9KkH)-C{F;Gf18?gz@@&D=yIQhMh%L3IHI3N6}D2hTxN2Yvc1p8k6ew!qhhc=>XaW(63I${(r_Kql=JC6aO*T8
+Y}EI|O-rp3u6xG;Zidv#RTk#J4%2-W6i+Vvvg-nAei7Mguf=Z}jA_Uq8A3!G6Vq1wm=1G#{<28%PVX))CCoC^FUmlH)bi6a3jO2-IR`UyQYRe_
+#!BVPL9+|GpQbcd?&~{{>WoUY<%A)~Xl=%acLzKlT+P(yn3XdFfXtk#KMCe8#EMJX79_`#>y~|qV$^g*&Mjno;wByblI3)5Hd)+K-$pW075J+s
+dtSWS<gnAr&+%(${flsVv5Kw2^7>Uex1+>>@=+16#+}-%0=0M?eY^&S1LTb#HBp3+Zv)}F#~`E~GZ|C=LT3eh@^lb;QS3QvNVr-^UP4FVIH<0@
+L0}?RVxXYr9f=A)qxxRRa<he0<41J9*QgSB@^s&HJDQHoU&a;7DnJNSsRSnA3`jY98roJe`vC{Oqjhu`)U)jm>M)z_Vpc}bMWs(pS1kfwN<8%n
+Dl^&sc-khb?acPxUt`G1j_eYwQe+}0<^Q5Z=fKhRYn+B{A^9t21)7j6E4hPND87+JID90ahcxv)X5uNh5Kh=qh63Os8-3+lLR5&8*!Ppp>tzlD
+|N6w_e@5MFt#p{{wF1k9uJ{rXIKl!CP5HClahfQ+_yx)WFjKQk-|saVXfRP@qYno%dVHwEzVQMDzq;^WlnF`)_$J9&9C_%JJT8rAm7~SU?IBWk
+bZ$sjeu+Z)`KD_8ertF>&#}S(oF(`A)#|bRC}lJiZ~!14LFW~a{qSLg=ZX^Ra;1cdbgs#`^x8a#|KHG{w8Fu-SV6bX4F*}?5!rFS5lG%|C5ljy
+IWU|&pjJ-$BK3h(O`gM!U!6~n4p_mh)2U6;*5WHSZL1iy1I!%{3+^RsW@&o%pP2t>36d&ocuKi1J4A-o_+^{~NIT;&-95ir#TS<`+91l^)9=CE
+`A9B5-@z!g#@zjbQ`FFFH|yZK0}H0`AQ>qX{HqMvu37xTJpkl$>2&Ti6jSjQzWLpA+e=C-sf{<(IP)nFdkFDN{8<Z>(CgVGsU*g?NF?M8$vPG;
+XY!$9^Lq-)e49ep!R8h1S)$O*r93WnO8LB)H{YNjPn-4i;f)4z$PfB&e~U&PxO&@eegGU6eUWz&j4q~ituZv<Nl7mV62d$Df>&=8becWfcr4gy
+oatIIfK?0bSjsCI0n#%y#K?!eioJE(VLILTUr**z|8TA79yPZmX%fux9eCq!Zmjxn$=rtob4XAT;&&7%l=b;QMM;#wLhV$Vs!?1h36^#euQK?q
+KK`MIBf8Qa%Xu4*4FbMl=!@vzA;SC52a5vWEg4++S|X9|(1$ZxT*yPmXH1?_L+p%}uB<z@7ZBaA%J6@FH64N6J=csyCPo!Nf$K9jr^=O3hIdR?
+e=o#E1Mt?%Oi2jb3S)mjt5!$hf_>Z{`=H0JcwAbNflVOTd8o4OThGuobOC+T?S->(az?6UdcvN0Lo*um#aYw@YBFa#z&2=!(2B|agOt+Bck*bi
+RmS0WQ$!`sxp+#SL|Bsh+S)Z*sYY`~lh4bJuQCg@wx02E=O%;7Ojb#1C&*U48fC8pNqo|NyfhSl^h3U|ADxZSeyB>XVJ||@w%&uYdvg~|u`5=U
+%s}rsz#oC4DADzw6i&*cq6Usq6+_%Bub=Fi=)C^N7f1x*wCqquO}?z%d8ws&o`u*L@z5#@kO?qU)>wo>0iHS9QA+>gXrM5k3or5^vgtaYQ2Y8m
+wp6sJhRTGZ{S=MLzY(DLau!1R{WnIzi8s_Nx_SU9nbLeM-W-PN(8uU&IVWHS)P4FIM<=9tj6yEoQdXxXW9K<hFA(o%aGSZlra(vg95&%)432rU
+1oEM(-%u-j-RhLPRi25`_Ruv((_H4i_}qAoqXK6%q-Fx4vzi26;dv9;<K(Y?JIyh2RFTsNu^lxU7V4Q6m+CWbRr|JX@9<YiK;2YL&IrnQQ<NZ0
+Yz3GZ7%zGc?Gf&iXtrTi-8v8%Pk!u>wM)_5ueMIeD^JCT0^3KvKP~7f`kHKrP};0B*+2drK<1`V=Z01%xjNAmXz7}QAJb0lF}?#K%EaRi^A>g=
+P+R2*?TcfW)Ltz<rqs<Sw*17ErjAb&BMT8?2^ZCSCWAgPop4-Pa$gVqaE9HZZI{I;fpoyB6L{Ccz++?m3qsjc%9e~HJl9yG3SBf=&)~Tx8|QIP
+wIvG$Dg|W;^r-JnFU_g*@{T(|voY@Bwgf*qf`VkEh%8P!b@^#B5cAu|4=C{|O2Mf9=2+h5`>m-S+V_F-s?d6X&3p+1DLdPT?4DeuqDj_&c$2?o
+DwT+?I6ZTE2B%ncTtN?DKZO!F(#$@@9di@6cM*8SOI0vcJ*IIl)GJ169EN4$J_rN&Ol&)tL4hw26M491F#RFiA+_aAq@(Zp*t};+k-@}J{8h=p
+u?EAJ5fxbqsKLx%iWO(}_RvLJHom47njhzpm0<#SIf{}Xx)rXgPNmgWMQb#(3-b(ydWO^|`Mfn~`6k3N(wL_%L_OJF?Ev4m_@0rM)~rlG6a$o5
+Dvg}i_uk3F%;W}#VQ9wUBRNgSZAP`<j}^@#?ht$78|{tV6K9iqj|&p*1YG`{sbPKc;7tw}vI3o9uy;cD-z}1++Zt7zy&IB*sBYv~XXnHmiOZjA
+pak$GM<aCMODT{pR6Ad~aU3oqRDow-YGUVt=XHyj>Qhv*myo*<(xp{O2?cX}u;av?SxmupaaJZvj8b<BnX0CWd_#$K4}aP)D55Ah`we|2e9#kI
+s`~8%5*w@Wi_h2!=|0VkXr9~SszT&Mys!(8HH||_$uKBlD`t+qD2dGemaG#2IpL)|!+slwmuIo|=z?6-N)^T;>WBC<TEh5O%;<YHQ@D0>A~Ieq
+B)Jb8r1wIP9i-6tUM8pR6-0q*vgw|Jk3qFlWw&B>)%4dgo>tGyH;EToytv+&vbIjUI4O?EJ5IMA>;~Z@;p1={t62?idgg8_Mo=n*cegK7ZEC7;
+_2XeCv^~ebG^TNusM+>LP<Qvo<qc0)2Ce%*i8}H8dvJfRElpV@zWh!@TL)}uC&JGeRo~~G>^FIZs%XHDB8-S_-hE3d{5|Up_3fR*RR4dHfmXFv
+*aT*3@@%srNB1B^Tg0=_X~~u2o2<qut@Z%aKwA-Z-&fse)|=;dYtcc%gi$8Db-er3Zv`C!1YGM+AIyAu{hE#3wM2={hP+$54+HzWCSzJlW*C=5
+8j;7lz~L`{mf4{~2mgF0Sz&FIV#!%M+-2``zB)tpyQ=x+g<Y3zg-~!c&z0RUdYirfTh<ySU$#)wL&w}FE$A-?qceDgpyl8n2PC*YC<GQT+J2f&
+pxqhs2qEZ9hsJ9wE?;_tgF22~s32>4y5rxFE;_sa56xg57MZuA`!RmX$4%*$73m@^(GINqhA)}ea4G!ltFkP`1<F!P_EHuu-r*j&(cZ%jCxC*W
+)^&qB9h}>kVanOvY>5dw+VFJtz+AVBMDG`0B^C0C>ZHZo%!&y|<B|E8dyv7%ya@2;?e=<8r4G}D-con3`}k<gAW3I#j#SPud!6(c^f(!{)3Sfo
+5ECy+)QCePo>+6T8$D-rRNyi>N`Ig$XW$3n#btiMtjkg8iV86<o<VCyYP5U&ey@W??uh2x*%_hC_zXfWa?e9)i^#gE6~!DmUmrNZVaJMMv!2re
+In;fjsrGGC2tsj)FUD)MLMZ{`?$^C8q5Ce1nZZ6r{1+0%9me_(m~Qe9F4IcS6G!Q)2&=+rT1G>^hcLY|TI2#>U}hWK2X*HZNJ_P9_K4)@h34E?
+-5cj7?0fz#`)^vManS4)O=O0@u!EcVHT8C5Q;_QWy_g>Fu~uqYR3*bIp;=5ft$y;dlWoi@SzwX*QEgkzGHIn;J3;oFEGUkrs6<G%M_@;cXdX-r
+<_sg-$@!Ec)d!rm7UU%TlweoMgB1MYz()0LnT6bwAd8;q-^o87kNQi+PZTqUuFpad!Eg)F7}hj6ZB?k!iEe!&)6Pe9W|h%04fDj354@<T25SkR
+3#m*N0KXr7>Ow3_Vz}k?Y7Pr1boA24x`dNSaBnVk_9T;2c*O`!9n6}Cy8AKFY?OI69WG+>U)O$nUL2RJ^DRXmCxPAL0)Pem9_8jm?L&PmCh=Zs
+BKBY(lUfobookV%YEC+hd)5`2JE%vN>2I*8!II<sp)sUnaloOf7j&iBE~{1Y(-FDZNMh$&pawHpa(@<YzzURvW)cqLmqXd=p>UNQ_(`6@?hrZc
+!<D~_gX|Z~(<^oCFida^%r*xEXd4N<0?*;!j3mBpL0)79VrpI9PNPTZ9(`eV{yvmm+fs)Hewk9t8}k(Q8}c6c29jv{0SEA=4}W*T>$ah~oalUA
+3$M%|j7IX&GZ3<2RN5_06e5+cIUK4)mIFAs3BzlEZBd<0r+Gkds5Wz5ZT_&X3SU>PXC-Muy||F-GkF6Ezw%_wXUa$UG0OW`9OwuX^-k%y=K7oU
+7*@_^9-l(ewLLO|eqc3ul9G&=PhKmHKpDiqZ$ae!E0`RGXe)qf3YE@}wr7e5nZ?I-NVGFQByU->-O>o{6NQyRl>wDGS2|MrOh#*$rVLU%L90S>
+A*#1k$u&)~)--z&<+HwvGISYKpp7N4NBH&rkvr$;_+Ow-=%a`YTBg<4Avu7Pp5#yx4K4X3Mz|wMwgeiLIS0Yh3ZC4PrAOi}BxhSR`jL}H7II{u
+){o2;ty^uo!%9Ey9FoYu&akL@tS@P$=+eza9*3Nym(zK>d6+G1<?d5_S$X7Ft4^UOOKFW)g4&p6rJNem2aZC@?tZ3cz0OT%#3Ah^*OaRQCY_T^
+tJ;41+LTIGWVJKr(IWdKTb(&rIB7rmTX3c)!?}(Aim<QlN8a2JA@Kif5g37!LX(e*F>K8o6P)pxU(<`jq;kaX;iqVTVo9vn2~(qHwT$uipJM8R
+#k`psd7q|Lig9qy#%}|&bOg-!!GS{CjC{;#MSN>rko0(hFr&u$1-nU*6@mxd9zZq@ja(jd*5#|g>7u_!QX?$vN#3B(cc0?K2yCzd)`cmcVl<D5
+Dx&9hvuO4mI;P4bD7l4q91%=3Rd<f%xNp4p?K$oC??rei5~yTsLCXCR{5-5l0)G;(RO&t+`tUX~>*HC7Td+XlAKVh{tUi?MuZ`@YE?5$LB{fW<
+95#?7?*`AOyoq*4;yc{IfH(5e<*}-f>gUVrC2jg#;=7t(hCq~P0~UUye%P44_5>N(x4QnP=9^&Nl~X(NMYlN*5A(pAcOAdIl;ALDkB!nL)UURV
+3~&*nmSXN;8A+$)S*DUu0qiS%CzNj?{|a~)V^@h^NOqC7czXhT`nlycm`$k%7L;&x2ikfJ<YyW6&-EB}Hty01PX~35h@Ljd*)?FR4j9#F1vuyD
+%S?)(S*gdFmW?MUmRW<9bu5sxXmx<bxV7_%eVqh;lCVZllwtMS&Mx*zfS}lhNB7hmFIY~)kS%~O2><9$P^mdf1Sg>NXuOtJ>#?)2vT*qgLbNE5
+T7&JkR2y^utuY43cL1eD$P2eQxoIg?r3`Nc;<VHNDSd+_ca#o?Fq4*}i>3s%3_0GD_|AB3yRH|e6TOUUM_@V~1hRR#THEkR%HO3UUEJhZ7pKcf
+3UVUq!_tA5B*@rV$Zt(~fya?F)nLMJ<Rsdb+)J{i1O1?2O?|r&-7Ix=mBCi*hg!7eBjxqXmFLGUF(MBWk{(?J=B{Cp37>lcNsQpkmMkV7hlmKC
+Izzs&u=~wR4k`%VUrcn!$U{E*h+^2p`nKevd8TEE(;6D*9mG(_Etr;qP|h9s@FCZ6&q_pe(>tj0=DG7SJuIP5if?@!wJ3$pRns9Xcgt|hqt%V9
+7hHyLNcFX+$OcL%8H-Qf!^dMiGQB};->suC9WhJcl3X5DHEjA8?C}26M_&v%sWC=W3H<w|VgKKl6)zQSouBPzezj5?{1Wz~WK>(ym<HP>z3FC-
+B(`Vh2&>MV!*#t=owUywvte{vc2<Tro~=r_DnoA^Rc&V)b0upLr8m7ZP&^K2sEFV!6tHOQfs{UeQEWqp@j&3ITdIINDNp46R4>4Ve~FS0J|yN7
+JT>EiBLi#RS(BhG2OE^5X!E7l^Xr0nE<`n5K7WT*F1Ud@jx966Nh?#g>S|Gbp0gL{6R}Ph<iU^MYS@ul;o5Z#Lj}SL=b2pV!q=Rd9S{%*5Z3<r
+OwR_Cg@k}N<!F#d+^W5UrZO|mAP)MdOYov}{%CZdRyDg$GF8~9sZjT@l8pSo)>oVUIdyLvts08&5coYMN-S`}vZpvH1Fa12b%P51#H*$^<r4`H
+sT=fb>6VU5E$lyj53+a;*GT`5Q+|{3Q?JCkhc>RETjfLA4Iq#R_DfQ7*gKodxL1&YtLFb>7`_`%<@0`tIBtQdqTL03Y{@2sk2+sz>^uwu&>>d=
+1W`podf+a|uO7X+C*8y9c-)#;^{{G|P*<#DC{1&Lcd){2xxyAYLt!Sw#4UeC1$s8+!&2RcdFVh}W(RLZwGxy<>HD|ZZ`19^dx!WyTg%fts-CxS
+{%sj|#N>9~pb7&PcCmgvcByVv_zyP|M}Z{B`)o@D*N`o8iP?DMg{)R#2U#&b8!lxd5vSIP&gQUSXwv)R4m8*#UCMnp_6&xfrb;@vpOyl&{)07`
+(!6@{8{-<KDULp|i13({ORX=60^yA*NK1<$15a!p+`(A2hT`Ewy8M{&Hn|yw(y7e5tS*THqI3qc_vk)-@mup+nm2!Kz)_g!$oc8%`oth?9q4KS
+<`*DeeDm*auA+b({-K`MXITUh)fPfOWNBh;_Izs6Qoyrh)pvpk8_1M@+4D$VoRmT!*4_e1=v}S@pJc4D0f=iAb9IX|{hf(3Es~((kph^3eiH^E
+`=lS^H9Zf3i20f~nUGV|*O?AJ45saRzcy(Hxw5zRBUq2T|9xPgGfr!JBw7Vo<}D<zYbn=zX7Y#FkZ%a6(L5s!p`(^0noAEu{~?oDA2klxiv|x^
+>q+g_9{|mn+hnD({DK$5H#i+FJCx`^hJ2j19HFb(PVRffq#_D7809&?J3i@7Zp2hCo$iqaN1)_-@u)WLHKT6_Pxp59FOrLuYYM4;MAhO2-GK1{
+7+2sDU$G2zgUNK`+lz5QsBCKRUzd_zGobPH`~?#mSX;3KEKlwd4nDS>-t`o^sx-LjLrHdO6!TE2UF+3Rq1)>v-5`~PTLFdjn+2w<Yyu1V;9aR>
+A?Qfh&Dn#x!Xn4$ZKB0}_7M*JiHbB4o;1poXh>I4|5J*5;{hXzc+O}}{sP@pJOA5-rx@D@HmT4Igkj~}ORdI8x$(9)Rn`#)-Yp+!Lk0{=$eARf
+eOcd7+yHQYpZ0BCcN3)FW)0=)Y&129PH#IJzT4JipoM%(w+j$a$aMrBN;;$!8~>gm0&Fsi-yTj5ip(yh{J$=Y&L|XsH>Ufmz>_sciFFDm$2Oqq
+znJmxCcu@WnALv-d_x{$J8G5oAR|-z`dcFX7Ud$5l>Dd~)FO+A2v~Ijs)LW|J4gm}1;)bIc%JO<e<GLavTiA6LD9@XWnM%fYGKV*7;n0j2&*z#
+BS{?py<yH$ZDHNuvytG%bi!KAdi#A_VhN-bWe1$Fkoi7Oc|E*XX+oHVxH~d{*IuIKaQ5W7wXg_)^EHnv40h188aSK@aC%hN!M}jkrpgUG{*#_^
+eLlru=+Fb@pBN0J*0?0tDQKUA3tGBJ2ux9<V|~i2l~QhYx@<~`_R>MGUY<oe!{bB6BFD~EI@c}^bF`_ThB~G#;bjG-^5ao-!+mjcqBllyX^sQ4
+VsUA>)Z7%OpIs;;(*9R)rX@@2^SG=n5McDFqbwgrKJqaN_bXh~1K$BdLIjTUujtb^%24O588XFk`reEx##03sAO*;yj(M_e+Z(uB{T=FdJm6dI
+M7biSzcPKwL^AH}hm?8|jUnlmL=|+ByoZ8|C@G$ZMRDtXERMPt66L&BIKwQ24UjBm5PfgFNiu~OWFhrpbpUl$+u6B8-dk3TbTM|eN$kG}h+S14
+dlH~0W>CMvwAxPfi43-j8N2;{j+Dgim&D@?xzZIw9K(m?smnD51v|y|W4J^X6Ye*~p}}xA!&_64*)L_?Z~~sl$QtCNt|&9{c6by%*WExh*8H^n
+9aY~#O!AE2Q{oj)B%UP9j{L5fZ`wW9d`iU{!<wsJt>ZVM3M>2<@QAPbtjE$S&Ning@=P;)swFDg{;1dZrF-+KO@%6`JAuy7TbToEAm2eu&d6<b
+Bs<GlL)caSc^1g6G-ohOT#$@p>`fVRIJ}RB{!w5V2z|JuX2C?EhX(-J*$6L4^X!rLsF6&n;jS&g4dKN_xjHO_3$$aMep7+*EquYNHS5ebt7F8A
+r-;w9B`9xrv1^K;r3#m<HRD=NbvAPcv=oJH-MNu)O@>HVB`&#p@}Smo0MVvDR-u`!V5_e8e9r|d&XP(kIQK{=W$9bz`lE5#Fu#oNK@pR|8^~R#
+9#JFe#cMjmCg|WnfNp^ONlBEa;9ba-7zhgBCN^zl%&6A*R20=ARLyD755t~uQxz_bguUE=!5m_bHfU9**WLKO8ec?bLi%IAR9P>SmE#>wQqx%R
+AkU0!pYd8PzJH4k_1B(t=}=CklDM{$m>KJ>`ko02$p7?AeE&*pV?k?%i$t;{|G;v0h}lH)K<EK-3gA0uNW(XpQYQ?9ZR5Z{;Ma{c@JbUV87Ei7
+6IY@F)kr+owX65g8EnoYW)*6zmDU9NVfa*C(FIGV=ik%BJ_1fF_}q_bufoKr=B-eGkuh&B$#Rv>`4zo=zy#OJWUYp?Y{Wb#uPckeT~Kf4EUJJD
+W~Rr%hPi1)J?v<4mFKx<(ejW?xql%Cha<!uX=xTmyPZdWFg1o4C0&17q)cO%&`a}G1>xu&Bc=Y1@c>HT#0QjV$W-)Rs*Zbo3=wrDOjMv{EJrs|
+mF=YxA-;woD0d}>e)s9^KyXH;Lv<8y+gxz@$bjnn3jCe{fdR%njEUPA*Ag<-qBmLFvGgJ-yceM|i6ZG6re)9adpAYU$sBWtIay*?N_~-yRXV<z
+&{)04mDzT7JatVD{%*<rl+68O&h|So?gB~^kxdj+HA4xInnt~yFP8fCu<`ZScHWNnUQIsfkOuB)>N%?Wr+X{Nx66$w`+04I5q^i2R8%_9OyU+6
+8XQfOpp5vP7%BA?lOdP3<ZECI=0Oj@)!j)(aNNU}!t=a+XpT>VllVfKwa3l5#G+(INy>dL%(Tu$_kQjKN#Lu-V2W~NT|!$&OjwEjp#x3CeA?+U
+kmm57L^gWQf-Izzd6&#hv>7LedGcWDHVFeEk}HeCu7E@M26nX-7|PFcQES>_Q5Rn9FJNB6VIhaw-t)RD`gAB{2>O3Od?<0`D`Rw~Nh|HmAyc#M
+CzGK==B2{ErD|yv4f-yBIGLBl?#t#C$Nweg(>B0tfe7Ed;kz#9rp3p)GKr1!krrPWa7yTFt_K5GKX?hT00000%0Ds?<A|&>00HId0?Mlfn3@@N
+vBYQl0ssI200dcD
 """
 
 if __name__ == "__main__":
