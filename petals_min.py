@@ -1115,8 +1115,9 @@ class Router:
         missing = [index for index, spans in enumerate(table, start) if not spans]
         if missing:
             unfit = [span.info.max_length or 0 for span in self.spans if span.start <= missing[0] < span.end]
-            most = max((span.info.cache_tokens or 0 for span in self.spans), default=0)
-            detail = f" for this request (rows of {max(unfit)} tokens, {most} in all)" if unfit else ""
+            most, room = max(unfit, default=0), max((s.info.cache_tokens or 0 for s in self.spans), default=0)
+            detail = f" for this request: those that do take up to {most} tokens a row, {room} in all"
+            detail = detail if unfit else ""
             raise MissingBlocksError(self.prefix, missing, detail + self._recent_failures())
         now = time.monotonic()
         limits = [max(now, min(bans[span] for span in spans) + 0.1) for spans in table]
