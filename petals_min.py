@@ -655,7 +655,16 @@ async def join_messages(messages: AsyncIterator[Any], limit: int = 2**31) -> Any
 async def _within(timeout: float | None, peer: PeerID, answer: Any) -> Any:
     """Await something of a peer's, so many seconds; PeerError however that fails."""
     try:
-        return await asyncio.wait_for(answer, timeout)
+        if timeout is None:
+            return await answer
+        # not `wait_for`: before Python 3.12 it loses a cancellation that comes together with the answer
+        task = asyncio.ensure_future(answer)
+        try:
+            if not (await asyncio.wait([task], timeout=timeout))[0]:
+                raise asyncio.TimeoutError
+            return task.result()
+        finally:
+            task.cancel()
     except PeerError:
         raise
     except Exception as error:
@@ -1531,8 +1540,9 @@ class Route:
         server passes, because its handler answers from the wire thread while its executor computes.
         """
         value, before, sending = step.hidden, "", step.hidden.nbytes / SLOWEST_LINK
-        for index, hop in enumerate(hops):
-            answer, peer, missed, now = hop.expect(step), hop.span.peer, 0, time.monotonic()
+        answers = [hop.expect(step) for hop in hops]
+        for index, (hop, answer) in enumerate(zip(hops, answers, strict=True)):
+            peer, missed, now = hop.span.peer, 0, time.monotonic()
             deadline = now + self.config.request_timeout + terms.get("alloc_timeout", 0.0)
             late = now + PUSH_SECONDS + sending / 10 if chained and index else now
             while not answer.done():

@@ -2900,6 +2900,7 @@ def anonymous(pid: int) -> int:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.soak
 def test_smaller_weights_take_less_memory(initial_peers, folder, tmp_path):
     """Four blocks of 16.8 M weights: 256 MiB in float32."""
     big = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, head_dim=128)
@@ -3211,8 +3212,6 @@ def test_the_commands_of_a_user(llama, folder):
     )
     chat = Process(folder, "chat", llama.path, "--greedy", "--max_new_tokens", 6, *model)
     table, facts = (Process(folder, "status", llama.path, *model, *more) for more in ([], ["--json"]))
-    demo = ["--model", llama.path, "--prompt", "w10 w11", "--max_new_tokens", 6, "--servers", 3]
-    demo = Process(folder, "demo", *demo)
 
     def says(text: str, new: int, **how) -> str:
         ids = tokenizer(text, return_tensors="pt").input_ids
@@ -3240,10 +3239,6 @@ def test_the_commands_of_a_user(llama, folder):
     ]
     out = table.finish().out
     assert all(hello["peer_id"][-6:] in out for hello in llama.hellos) and "holes: none" in out
-    result = demo.finish()
-    assert (result.code, result.out.split()) == (0, first.split()), result
-    wanted = r"route: 0:1 via .* 1:3 via .* 3:5 via .*tokens/s.*blocks 3:5 were served by"
-    assert re.search(wanted, result.err, re.DOTALL), result.err
 
 
 def test_a_hub_is_asked_for_the_ends_of_the_model_only(llama, folder, tmp_path):
