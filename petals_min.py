@@ -242,7 +242,7 @@ class Wire(threading.Thread):
 
     async def _end(self) -> None:
         self.loop.call_later(4, self.loop.stop)  # at the latest
-        await _gather_quietly(*(asyncio.wait_for(swarm.leave(), 3) for swarm in self.swarms.values()))
+        await _gather_quietly(*(_at_most(3, swarm.leave()) for swarm in self.swarms.values()))
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
@@ -652,19 +652,22 @@ async def join_messages(messages: AsyncIterator[Any], limit: int = 2**31) -> Any
     return type(first)(tensors=map(combine_from_streaming, parts), **_head(first))
 
 
+async def _at_most(timeout: float, answer: Any) -> Any:
+    """Await something for so many seconds; asyncio.TimeoutError after that. As asyncio's `wait_for`, which
+    before Python 3.12 loses a cancellation that comes together with the answer."""
+    task = asyncio.ensure_future(answer)
+    try:
+        if not (await asyncio.wait([task], timeout=timeout))[0]:
+            raise asyncio.TimeoutError
+        return task.result()
+    finally:
+        task.cancel()
+
+
 async def _within(timeout: float | None, peer: PeerID, answer: Any) -> Any:
     """Await something of a peer's, so many seconds; PeerError however that fails."""
     try:
-        if timeout is None:
-            return await answer
-        # not `wait_for`: before Python 3.12 it loses a cancellation that comes together with the answer
-        task = asyncio.ensure_future(answer)
-        try:
-            if not (await asyncio.wait([task], timeout=timeout))[0]:
-                raise asyncio.TimeoutError
-            return task.result()
-        finally:
-            task.cancel()
+        return await (answer if timeout is None else _at_most(timeout, answer))
     except PeerError:
         raise
     except Exception as error:
@@ -834,7 +837,7 @@ class Swarm:
         else:
             found = {key: self.dht.get(key, latest=True, return_future=True) for key in keys}
             found = {key: asyncio.wrap_future(future) for key, future in found.items()}
-        entries = await _gather_quietly(*(asyncio.wait_for(entry, timeout) for entry in found.values()))
+        entries = await _gather_quietly(*(_at_most(timeout, entry) for entry in found.values()))
         return {key: getattr(entry, "value", None) for key, entry in zip(found, entries, strict=True)}
 
     async def rejoin(self) -> None:
@@ -857,7 +860,7 @@ class Swarm:
         start, request, answer = time.perf_counter(), dht_pb2.PingRequest(), dht_pb2.PingResponse
         try:
             asking = self.p2p.call_protobuf_handler(peer, "DHTProtocol.rpc_ping", request, answer)
-            await asyncio.wait_for(asking, timeout)
+            await _at_most(timeout, asking)
         except Exception as error:
             if "not supported" not in str(error).lower():
                 return math.inf
@@ -1428,7 +1431,7 @@ class Hop:
         """End the stream, with the empty request by which a session ends (PROTOCOL.md, RPCs). Never waits."""
         if self.alive:
             self._fail(PeerError("the session was closed", self.span.peer))
-            farewell = _spawn(asyncio.wait_for(self._farewell(), FAREWELL_SECONDS))
+            farewell = _spawn(_at_most(FAREWELL_SECONDS, self._farewell()))
             farewell.add_done_callback(lambda _: self.reader.cancel())
 
     async def _farewell(self) -> None:
@@ -1602,7 +1605,7 @@ class Route:
             else:  # the inputs were lost too: begin with the server before
                 assert first, "the first server's inputs are always kept"
                 self.hops[first - 1].close()
-        self.close()  # once more: before Python 3.12 `wait_for` could miss that it was cancelled
+        self.close()
         raise UserError("this session was closed while a step was under way")
 
     async def _open(self, start: int, end: int, inputs: Tensor) -> list[Hop]:
@@ -2493,7 +2496,7 @@ class PagePool:
         self.waiting.append((need, turn))
         self._wake()
         try:
-            await asyncio.wait_for(turn, timeout)
+            await _at_most(timeout, turn)
             return self._claim(rows, each)  # before it leaves the queue: nobody can have taken its room
         except asyncio.TimeoutError:
             others, left = len(self.waiting) - 1, self.tokens_left
@@ -2887,7 +2890,7 @@ class ServerSession:
             self.news.clear()
             patience = min(STEP_TIMEOUT, self.deadline - time.monotonic())
             try:
-                await asyncio.wait_for(self.news.wait(), patience)
+                await _at_most(patience, self.news.wait())
             except asyncio.TimeoutError:
                 limits = f"a step every {STEP_TIMEOUT:g} s, for at most {SESSION_TIMEOUT:g} s"
                 raise ValueError(f"the session ended: expected {limits}") from None
@@ -2983,7 +2986,7 @@ class TransformerConnectionHandler(ServicerBase):
         return await self._response(await self.executor.submit(work), metadata)
 
     async def rpc_forward_stream(self, requests: Requests, context: P2PContext) -> Responses:
-        request = await asyncio.wait_for(join_messages(requests), REQUEST_TIMEOUT)
+        request = await _at_most(REQUEST_TIMEOUT, join_messages(requests))
         for part in split_message(await self.rpc_forward(request, context)):
             yield part
 
@@ -3001,11 +3004,11 @@ class TransformerConnectionHandler(ServicerBase):
             # who pushed a prompt answers the client after those who come later in the chain
             handed_on = session.handed_on.get(metadata.get("start_from_position"))
             if handed_on is not None and _size(request) > OFFLOAD_BYTES:
-                await _gather_quietly(asyncio.wait_for(handed_on.wait(), PUSH_SECONDS))
+                await _gather_quietly(_at_most(PUSH_SECONDS, handed_on.wait()))
         return ExpertResponse()
 
     async def rpc_inference(self, requests: Requests, context: P2PContext) -> Responses:
-        step = await asyncio.wait_for(_next_of(requests), STEP_TIMEOUT)
+        step = await _at_most(STEP_TIMEOUT, _next_of(requests))
         if step is None:
             return
         request, metadata = step
@@ -3253,10 +3256,12 @@ class Server:
 
     async def _keep_announcing(self) -> None:
         while True:
-            await asyncio.sleep(self.update_period if self.announced else min(5.0, self.update_period))
+            period = self.update_period if self.announced else min(5.0, self.update_period)
+            pings = _at_most(period, self._ping_next())  # meanwhile: our records must not lapse for it
+            pings, _ = await _gather_quietly(pings, asyncio.sleep(period))
+            self.info.next_pings = pings if isinstance(pings, dict) else None
             try:
                 await self.swarm.rejoin()
-                self.info.next_pings = await self._ping_next()
                 await self._announce()
             except Exception:
                 logger.warning("announcing failed; it goes on", exc_info=True)
@@ -3274,10 +3279,10 @@ class Server:
             self._announcing.cancel()
         if self.info is not None:
             self.info.state, self.info.next_pings = OFFLINE, None
-            await _gather_quietly(asyncio.wait_for(self._announce(), 2.5))
+            await _gather_quietly(_at_most(2.5, self._announce()))
         if self.executor is not None:
             self.executor.stop()
-        await _gather_quietly(asyncio.wait_for(self.swarm.leave(), 1))
+        await _gather_quietly(_at_most(1, self.swarm.leave()))
 
 
 # ============================================================================================================
@@ -3441,7 +3446,7 @@ def run_dht(initial_peers: Sequence[str] = (), **options: Any) -> None:
     try:
         _stay_online(swarm, "online; others join with:\n   ")
     finally:
-        wire().call(_gather_quietly(asyncio.wait_for(swarm.leave(), 2)))
+        wire().call(_gather_quietly(_at_most(2, swarm.leave())))
 
 
 def _no_bar(factory: Callable, args: tuple, kwargs: dict) -> Any:
