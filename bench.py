@@ -44,7 +44,6 @@ from kernels import attention, matmul, norm, rotary
 from test_petals_min import (
     CHAOS_SPANS,
     MODES,
-    NEW,
     SEEDS,
     SMALLER,
     Clock,
@@ -54,6 +53,7 @@ from test_petals_min import (
     make_model,
     prompt,
     save,
+    steps_of,
     undisturbed,
     until,
 )
@@ -81,7 +81,7 @@ def chaos(generations: int = 100, seed: int = 0) -> None:
         for number, mode in zip(range(generations), itertools.cycle(MODES), strict=False):
             verb = chance.choice(["crash", "freeze"] + ["cut"] * (faults.net is not None))
             alone, place = chance.random() < 0.5, chance.randrange(4)
-            after = chance.randrange(NEW // 3)
+            after = chance.randrange(steps_of(mode) - 1)
             faults.settle(model)
             ids, stall = disturbed(faults, model, mode, place, verb, alone, after)
             stalls.setdefault(verb, []).append(stall)
@@ -185,11 +185,11 @@ def endure(faults: Faults, reference, minutes: float, clients: int = 8, period: 
     faults.mend()
     hung = soak.end()
     settled = [sample for sample in samples if sample[0] > min(300, 30 * minutes)]
-    first, last = settled[0][2], settled[-1][2]
-    grown = [round(last[h][1] - mib, 1) for h, (pid, mib) in first.items() if last.get(h, [0])[0] == pid]
+    servers = [round(statistics.mean(mib for _, mib in sample[2].values())) for sample in settled]
     return {"minutes": minutes, "generations": sum(soak.done), "faults": count, "wrong": len(soak.wrong),
             "errors": soak.errors[:5], "hung": hung, "slowest_generation_s": round(max(soak.slowest), 1),
-            "client_mib": [round(settled[0][1]), round(settled[-1][1])], "server_growth_mib": grown,
+            "client_mib": [round(settled[0][1]), round(settled[-1][1])],
+            "servers_mib": [servers[0], servers[-1]],
             "leaked_tokens": leaked(faults, soak.models[0].remote.router.swarm)}  # fmt: skip
 
 

@@ -2375,7 +2375,7 @@ def load_block(
     spec, stored = family_of(config).spec(config, index), stored_names(checkpoint, config, index)
     place, weights = None, None
     if kind in QUANT_TYPES[1:]:
-        made_of = checkpoint.origin(stored.values()), sorted(stored.values()), spec, dtype, kind
+        made_of = checkpoint.origin(stored.values()), sorted(stored.values()), spec, dtype, kind, matmul.CLIPS
         digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
         place = cache_folder() / "quantized" / f"{digest}.safetensors"
         weights = _read_codes(place, kind, device)
@@ -3096,7 +3096,7 @@ class TransformerConnectionHandler(ServicerBase):
 # 16  Server: a process's offer to the swarm
 # ============================================================================================================
 
-NO_NF4 = "; for nf4 take int4: it is as exact (error .090 of Gaussian weights, nf4's .092) and needs no table"
+NO_NF4 = "; for nf4 take int4: it is more exact (error .084 of Gaussian weights, nf4's .092), without a table"
 ASSUMED_BITS_PER_SECOND = 100e6  # of the network, for the announced throughput; nobody measures it here
 
 

@@ -406,10 +406,10 @@ class Process:
         )
         return json.loads(lines[0])
 
-    def finish(self, stdin: str = "") -> SimpleNamespace:
+    def finish(self, stdin: str = "", patience: float = PATIENCE) -> SimpleNamespace:
         """Wait for a command that ends by itself."""
         try:
-            out, _ = self.popen.communicate(stdin, timeout=PATIENCE)
+            out, _ = self.popen.communicate(stdin, timeout=patience)
         finally:
             self.end(signal.SIGKILL)
         return SimpleNamespace(code=self.popen.returncode, out=out, err=self.log.read_text())
@@ -1085,14 +1085,16 @@ def test_logits_are_transformers_own_in_one_pass_and_in_any_steps(swarm):
 
 @torch.no_grad()
 def test_a_text_of_several_pages(swarm):
-    """Beyond 256 tokens Falcon's ALiBi is rounded to bfloat16, by transformers and so by us."""
-    ids = some_ids(1, 290)
-    expected = swarm.reference(ids).logits
+    """Beyond 256 tokens Falcon's ALiBi is rounded to bfloat16, by transformers and so by us. The bound is
+    wider than elsewhere: over so many tokens the reference itself is up to 2.2e-4 from its float64 self."""
+    ids, routers = some_ids(1, 290, seed=11), []  # a text at which no router of Mixtral is near a tie
+    with watch_routers(swarm.reference, routers):
+        expected = swarm.reference(ids).logits
+    assert min(routers, default=1.0) > MARGIN
     with swarm.model.inference_session(max_length=290):
         pieces = [swarm.model(part).logits for part in ids.split([200, 75, 1, 1, 13], dim=1)]
-    if swarm.family != "mixtral":  # somewhere in so many tokens its router is near a tie
-        close(swarm.model(ids).logits, expected, atol=1e-3, rtol=1e-3)
-        close(torch.cat(pieces, dim=1), expected, atol=1e-3, rtol=1e-3)
+    close(swarm.model(ids).logits, expected, atol=1e-3, rtol=0)
+    close(torch.cat(pieces, dim=1), expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -2692,8 +2694,8 @@ def test_the_last_answer_to_a_prompt_comes_first(llama, monkeypatch):
 
 
 def test_eight_clients_at_once_get_what_each_gets_alone_in_fewer_passes(crowd):
-    """Twenty rounds. Each client has its own prompt, length and way to begin; the sum of their steps is
-    known."""
+    """Twenty rounds. Each client has its own prompt, length and time to join: when the others together have
+    done so many steps. The sum of their steps is known."""
     calls = []
     for client in range(8):
         ids = some_ids(1 + client % 3, 3 + 5 * client, seed=100 + client)
@@ -2701,11 +2703,13 @@ def test_eight_clients_at_once_get_what_each_gets_alone_in_fewer_passes(crowd):
     for round_ in range(20):
         before = [(server.executor.passes, server.executor.steps) for server in crowd.servers]
         found: dict[int, list] = {}
-        start = threading.Barrier(8)
+        chance, first, begun = random.Random(round_), crowd.servers[0].executor, before[0][1]
+        # at most as many as those before it do for certain: each new token is a step, and one opens
+        joins = [int(chance.random() * sum(1 + new for _, new, _ in calls[:client])) for client in range(8)]
 
-        def use(client: int, start=start, found=found) -> None:
+        def use(client: int, first=first, begun=begun, joins=joins, found=found) -> None:
             ids, new, _ = calls[client]
-            start.wait(PATIENCE)
+            until(lambda: first.steps - begun >= joins[client])
             found[client] = greedy(crowd.model, ids, new=new)
 
         threads = [threading.Thread(target=use, args=(client,)) for client in range(8)]
@@ -2855,7 +2859,7 @@ def rounded(model: transformers.PreTrainedModel, kind: str) -> transformers.PreT
 def test_servers_with_smaller_weights(family, initial_peers, folder, tmp_path):
     """Logits, steps of a session and gradients, in each format; a client keeps to a format by the
     directory."""
-    reference, ids = make_tame_model(family), some_ids(2, 19)
+    reference, ids = make_tame_model(family), some_ids(2, 19, seed=44)  # routers not near a tie in any format
     path = save(reference, tmp_path / f"small-{family}")
     with contextlib.ExitStack() as stack:
         servers = {}
@@ -3242,6 +3246,20 @@ def test_the_commands_of_a_user(llama, folder):
     ]
     out = table.finish().out
     assert all(hello["peer_id"][-6:] in out for hello in llama.hellos) and "holes: " in out
+
+
+def test_the_demo_with_a_model_of_ones_own(llama, folder):
+    tokenizer = tokenizer_for(llama.path)
+    ids = tokenizer("w1 w10 w11 w3", return_tensors="pt").input_ids
+    expected = llama.reference.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
+    )
+    options = ["--model", llama.path, "--prompt", "w10 w11", "--max_new_tokens", 6, "--servers", 3]
+    result = Process(folder, "demo", *options).finish(patience=2 * PATIENCE)
+    assert result.code == 0, result.err
+    assert result.out.split() == tokenizer.decode(expected[0, ids.shape[1] :]).split()
+    wanted = r"route: 0:1 via .* 1:3 via .* 3:5 via .*tokens/s.*blocks 3:5 were served by"
+    assert re.search(wanted, result.err, re.DOTALL), result.err
 
 
 def test_a_hub_is_asked_for_the_ends_of_the_model_only(llama, folder, tmp_path):
@@ -3860,6 +3878,14 @@ def undisturbed(reference, mode: str) -> list:
     return generate(reference, mode, SEEDS["llama"][mode], draft_model()).tolist()
 
 
+@functools.cache
+def steps_of(mode: str) -> int:
+    """How many steps such a generation takes: fewer than its tokens where a draft is right."""
+    clock = Clock()
+    generate(make_model("llama"), mode, SEEDS["llama"][mode], draft_model(), stopping_criteria=[clock])
+    return len(clock.times) - 1
+
+
 def disturbed(faults, model, mode: str, place: int, verb: str, alone: bool = False, after: int = 3, also=()):
     """A generation whose server at `place` is struck after so many tokens: its ids, the longest stall."""
     clock = Clock()
@@ -3872,13 +3898,14 @@ def disturbed(faults, model, mode: str, place: int, verb: str, alone: bool = Fal
 
 
 def test_ten_generations_in_chaos_are_those_of_a_quiet_swarm(faults, model, reference):
-    """Every mode, a crash, a freeze or a cut: of a random server of the route, at a random token."""
+    """Every mode, a crash, a freeze or a cut: of a random server of the route, at a random step."""
     chance = random.Random(3)
     verbs = ["crash", "freeze", "cut", "freeze", "crash", "cut", "freeze", "cut", "crash", "freeze"]
     for number, (mode, verb) in enumerate(zip(itertools.cycle(MODES), verbs, strict=False)):
         if verb == "cut" and faults.net is None:
             continue
-        alone, place, after = chance.random() < 0.5, chance.randrange(4), chance.randrange(NEW // 3)
+        alone, place = chance.random() < 0.5, chance.randrange(4)
+        after = chance.randrange(steps_of(mode) - 1)  # any but the last, which would be hard to meet
         faults.settle(model)
         ids, stall = disturbed(faults, model, mode, place, verb, alone, after)
         what = f"{number}: {mode}, {verb} at {place} after {after}, {alone=}, stall {stall:.2f} s"
@@ -3887,7 +3914,6 @@ def test_ten_generations_in_chaos_are_those_of_a_quiet_swarm(faults, model, refe
         assert stall < STALL[verb], what
 
 
-@pytest.mark.soak
 def test_a_minute_of_faults_while_eight_clients_generate(faults, model, reference):
     import bench
 
@@ -4253,7 +4279,7 @@ def test_what_does_not_fit_is_said():
 
 
 @pytest.mark.parametrize(
-    "kind, error, size", [("float16", 0.0003, 2), ("int8", 0.01, 1.02), ("int4", 0.095, 0.57)]
+    "kind, error, size", [("float16", 0.0003, 2), ("int8", 0.01, 1.02), ("int4", 0.086, 0.57)]
 )
 def test_quantized_weights_on_the_cpu(kind, error, size):
     """The formats' errors and sizes; packed operators against the twin, odd sizes, outliers, gradients."""
