@@ -600,7 +600,7 @@ def train(steps: int = 40, batch: int = 16, rate: float = 0.01, held_out: int = 
            transformers_step_s=round(theirs, 2), ratio=round(ours / theirs, 2))  # fmt: skip
 
 
-QUESTION, VERDICTS = "Review: {}\nSentiment:", (" negative", " positive")
+QUESTION, VERDICTS = "Sentence: {}\nThe sentiment of this sentence is", (" negative", " positive")
 INSTRUCTION = (
     "Read the following sentence from a movie review and decide whether the critic liked the film or not."
 )
