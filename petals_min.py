@@ -120,7 +120,7 @@ from tokenizers import decoders, pre_tokenizers  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 from transformers import PretrainedConfig  # noqa: E402
 
-from kernels import attention, matmul, norm, positions  # noqa: E402
+from kernels import attention, lora, matmul, norm, positions  # noqa: E402
 
 multiprocessing.set_start_method(_start_method, force=True)  # hivemind's import set it; ours must not
 
@@ -317,6 +317,11 @@ class BlockSpec:
     experts: int = 0
     top_k: int = 0
 
+    @property
+    def qkv_sizes(self) -> list[int]:
+        """How many rows q, k and v have."""
+        return [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
+
 
 @dataclass(frozen=True)
 class Family:
@@ -445,10 +450,11 @@ class ClientConfig:
 class Checkpoint:
     """A directory or hub repository of safetensors, read tensor by tensor. Any thread, one at a time."""
 
-    def __init__(self, name: str, **hub: Any):
-        """`hub`: token, revision, cache_dir, as huggingface_hub takes them."""
+    def __init__(self, name: str, single: str = "model.safetensors", **hub: Any):
+        """`hub`: token, revision, cache_dir, as huggingface_hub takes them. single: the file's name where all
+        is in one."""
         self.name, self.hub = str(name), {key: value for key, value in hub.items() if value is not None}
-        index, single = self._fetch("model.safetensors.index.json", needed=False), "model.safetensors"
+        index = self._fetch(f"{single}.index.json", needed=False)
         if index is not None:
             with _failing_as(UserError, f"the index of {self.name!r} is damaged", (ValueError, LookupError)):
                 # tensor -> file
@@ -457,7 +463,7 @@ class Checkpoint:
             self.files = dict.fromkeys(self._open(single).keys(), single)
         else:
             advice = "choose a repository or revision with safetensors, or convert: pickles are never loaded"
-            raise UserError(f"{self.name!r} has no model.safetensors (nor an index of one); {advice}")
+            raise UserError(f"{self.name!r} has no {single} (nor an index of one); {advice}")
 
     def _fetch(self, file: str, needed: bool = True) -> str | None:
         """The local path of a file, downloaded if need be; None where one that is not needed is missing."""
@@ -1054,6 +1060,7 @@ class Router:
     def __init__(self, swarm: Swarm, config: PretrainedConfig):
         self.swarm, self.config, self.prefix = swarm, config, config.dht_prefix
         self.spans: list[Span] = []
+        self.offers: list[Span] = []  # those included that are not for us
         self.updated = -math.inf  # time.monotonic() of the last reading
         self.pings: dict[PeerID, float] = {}  # smoothed round trips, seconds
         # who failed and has not succeeded since, the latest at the end: banned until (monotonic), failures in
@@ -1072,8 +1079,8 @@ class Router:
             await asyncio.shield(self._reading)
 
     async def _read(self) -> None:
-        spans = spans_of(await read_directory(self.swarm, self.prefix, num_blocks(self.config)))
-        self.spans = list(filter(self._allowed, spans))
+        self.offers = spans_of(await read_directory(self.swarm, self.prefix, num_blocks(self.config)))
+        self.spans = list(filter(self._allowed, self.offers))
         peers = list({span.peer for span in self.spans})
         some = random.sample(peers, min(MAX_PINGED, len(peers)))
         measuring = _spawn(_gather_quietly(*map(self._measure, some)))
@@ -1129,11 +1136,16 @@ class Router:
             unfit = [span.info.max_length or 0 for span in self.spans if span.start <= missing[0] < span.end]
             most, room = max(unfit, default=0), max((s.info.cache_tokens or 0 for s in self.spans), default=0)
             detail = f" for this request: those that do take up to {most} tokens a row, {room} in all"
-            detail = detail if unfit else ""
+            detail = self._asked() + (detail if unfit else "")
             raise MissingBlocksError(self.prefix, missing, detail + self._recent_failures())
         now = time.monotonic()
         limits = [max(now, min(bans[span] for span in spans) + 0.1) for spans in table]
         return [[s for s in spans if bans[s] <= limit] for spans, limit in zip(table, limits, strict=True)]
+
+    def _asked(self) -> str:
+        """What we ask for that servers may lack, and what they have of it."""
+        name, known = self.config.active_adapter, {a for span in self.offers for a in span.info.adapters}
+        return f" with adapter {name!r}; there are {', '.join(sorted(known)) or 'none'}" if name else ""
 
     def fastest(self, start: int, end: int, tokens: int = 0, needs: Callable | None = None) -> list[Span]:
         """The route of least time per token for a session of `tokens` cache tokens: half a round trip for
@@ -2290,6 +2302,10 @@ class AutoDistributedModelForSequenceClassification(AutoDistributedModel):
 # ============================================================================================================
 
 
+BlockLora = dict[str, list[lora.Adapter]]  # LoRA for one block: our matrix -> what is added to its product
+Adapted = Sequence[tuple[slice, BlockLora]]
+
+
 class Block:
     """One transformer block of any family, driven by its spec. Executor thread.
 
@@ -2304,8 +2320,9 @@ class Block:
         slopes = positions.alibi_slopes(spec.heads, spec.alibi).to(self.device) if spec.alibi else None
         self.attention = {"scale": spec.head_dim**-0.5, "slopes": slopes, "window": spec.window}
 
-    def _linear(self, name: str, x: Tensor) -> Tensor:
-        return matmul.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
+    def _linear(self, name: str, x: Tensor, adapted: Adapted = ()) -> Tensor:
+        out = matmul.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
+        return lora.add(out, x, [(rows, each) for rows, its in adapted for each in its.get(name, ())])
 
     def _norm(self, name: str, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x + residual, and its norm."""
@@ -2329,27 +2346,28 @@ class Block:
         result = matmul.routed(inner, self.weights["experts_down.weight"], starts)[order.argsort()]
         return (result.unflatten(0, chosen.shape) * chances[..., None]).sum(1)
 
-    def _mlp(self, x: Tensor) -> Tensor:
+    def _mlp(self, x: Tensor, adapted: Adapted) -> Tensor:
         if self.spec.experts:
             return self._experts(x)
-        up = self._linear("up", x)
-        return self._linear("down", self._gated(up) if self.spec.gated else self.act(up))
+        up = self._linear("up", x, adapted)
+        return self._linear("down", self._gated(up) if self.spec.gated else self.act(up), adapted)
 
-    def __call__(self, x: Tensor, attend: Callable[[Block, Tensor], Tensor]) -> Tensor:
+    def __call__(self, x: Tensor, attend: Callable[[Block, Tensor], Tensor], adapted: Adapted = ()) -> Tensor:
         """[tokens, H] -> [tokens, H]. `attend(block, qkv)` turns [tokens, N + 2 * K, D] into [tokens, N, D]:
-        rotary embeddings, cache and attention."""
+        rotary embeddings, cache and attention. adapted: runs of tokens that have LoRA adapters, with
+        these."""
         N, K, D = self.spec.heads, self.spec.kv_heads, self.spec.head_dim
         _, normed = self._norm("norm1", x)
-        qkv = self._linear("qkv", normed).view(-1, N + 2 * K, D)
+        qkv = self._linear("qkv", normed, adapted).view(-1, N + 2 * K, D)
         if "q_norm.weight" in self.weights:
             q, k, v = qkv.split([N, K, K], dim=1)
             qkv = torch.cat([self._norm("q_norm", q)[1], self._norm("k_norm", k)[1], v], dim=1)
-        attended = self._linear("out", attend(self, qkv).reshape(-1, N * D))
+        attended = self._linear("out", attend(self, qkv).reshape(-1, N * D), adapted)
         if self.spec.parallel:
             other = self._norm("norm2", x)[1] if "norm2.weight" in self.weights else normed
-            return x + (self._mlp(other) + attended)
+            return x + (self._mlp(other, adapted) + attended)
         x, after = self._norm("norm2", attended, normed if self.spec.norm_residual else x)
-        return (after if self.spec.norm_residual else x) + self._mlp(after)
+        return (after if self.spec.norm_residual else x) + self._mlp(after, adapted)
 
 
 QUANT_TYPES = ("none", "int8", "int4")
@@ -2419,6 +2437,13 @@ def _read_codes(place: Path, kind: str, device) -> dict[str, Tensor | matmul.Wei
     return weights
 
 
+def _as_fused(spec: BlockSpec, qkv: Tensor) -> list[Tensor]:
+    """Parts of ours (all q, all k, all v) in a fused matrix's order: per key head its query heads, the key,
+    the value."""
+    heads = zip(*(part.chunk(spec.kv_heads) for part in qkv.split(spec.qkv_sizes)), strict=True)
+    return list(itertools.chain.from_iterable(heads))
+
+
 def _read_weights(
     checkpoint: Checkpoint, config: PretrainedConfig, index: int, dtype, device, kind: str
 ) -> dict[str, Tensor | matmul.Weight]:
@@ -2427,7 +2452,6 @@ def _read_weights(
     family, weights = family_of(config), {}
     spec, layer = family.spec(config, index), f"{family.layers}.{index}."
     stored = stored_names(checkpoint, config, index)
-    sizes = [heads * spec.head_dim for heads in (spec.heads, spec.kv_heads, spec.kv_heads)]  # rows of q, k, v
     for (ours, parts), end in itertools.product(family.names.items(), (".weight", ".bias")):
         experts = spec.experts if ours.startswith("experts") else 0
         theirs = [part.format(expert=i) for i, part in itertools.product(range(experts or 1), parts.split())]
@@ -2441,13 +2465,12 @@ def _read_weights(
         whole = torch.empty(sum(rows), *shapes[0][1:], dtype=dtype, device=device)
         places, sources = whole.split(rows), (checkpoint.read(stored[name]) for name in names)
         if ours == "qkv":
-            came, wanted = list(whole.shape), [sum(sizes), spec.hidden][: whole.dim()]
+            came, wanted = list(whole.shape), [sum(spec.qkv_sizes), spec.hidden][: whole.dim()]
             if came != wanted:
                 text = f"{checkpoint.name!r}, block {index}: q, k, v are {came}, the config says {wanted}"
                 raise UserError(text)
-            if spec.fused_qkv:  # per key head its query heads, the key, the value -> all q, all k, all v
-                heads = zip(*(part.chunk(spec.kv_heads) for part in whole.split(sizes)), strict=True)
-                places = list(itertools.chain.from_iterable(heads))
+            if spec.fused_qkv:
+                places = _as_fused(spec, whole)
                 sources = next(sources).split([len(place) for place in places])
         for place, source in zip(places, sources, strict=True):
             place.copy_(source)
@@ -2455,6 +2478,69 @@ def _read_weights(
         quantize = kind != "none" and ours + end in MATRICES
         weights[ours + end] = matmul.quantize(whole, kind) if quantize else whole
     return weights
+
+
+def lora_places(config: PretrainedConfig, block: Block) -> dict[str, lora.Place]:
+    """The matrices to which LoRA may add, by their names in a checkpoint's block. Experts are not among
+    them."""
+    names, spec, places = family_of(config).names, block.spec, {}
+    for ours in names.keys() & {"qkv", "out", "up", "down"}:
+        N, K = block.weights[ours + ".weight"].shape
+        theirs = names[ours].split()
+        sizes = spec.qkv_sizes if len(theirs) == 3 else [N // len(theirs)] * len(theirs)
+        fused = ours == "qkv" and spec.fused_qkv
+        order = torch.cat(_as_fused(spec, torch.arange(N))).argsort() if fused else None
+        for name, size, end in zip(theirs, sizes, itertools.accumulate(sizes), strict=True):
+            places[name] = lora.Place(ours, slice(end - size, end), K, order)
+    return places
+
+
+# What PEFT's adapter_config.json may say of these; anything else changes more than LoRA's two matrices do.
+_PLAIN_LORA = {"peft_type": ("LORA",), "bias": (None, "none")}
+_PLAIN_LORA |= {"init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal")}
+_NOT_LORA = "use_dora modules_to_save lora_bias layer_replication fan_in_fan_out use_qalora"
+_PLAIN_LORA |= dict.fromkeys(_NOT_LORA.split(), (None, False, [], {}))
+
+
+class AdapterCheckpoint:
+    """A LoRA adapter in PEFT's format: adapter_config.json and adapter_model.safetensors. UserError for what
+    is not supported."""
+
+    def __init__(self, name: str, config: PretrainedConfig, **hub: Any):
+        self.name, self.checkpoint = name, Checkpoint(name, "adapter_model.safetensors", **hub)
+        file = Path(self.checkpoint._fetch("adapter_config.json"))
+        with _failing_as(UserError, f"adapter_config.json of {name!r} is damaged", ValueError):
+            self.settings = said = json.loads(file.read_text())
+        fits = isinstance(said, dict) and _number(said.get("lora_alpha"))
+        _require(fits, f"adapter_config.json of {name!r}: expected a dict with lora_alpha, {said!r:.99} came")
+        more = [f"{key}={said[key]!r:.60}" for key, fit in _PLAIN_LORA.items() if said.get(key) not in fit]
+        _require(not more, f"adapter {name!r} has {', '.join(more)}: expected plain LoRA of the blocks alone")
+        self.found: dict[int, dict[str, dict[str, str]]] = {}  # block -> its matrix -> A or B -> tensor
+        layer = rf"(?:model\.|transformer\.)?{family_of(config).layers}\.(\d+)"
+        for tensor in self.checkpoint.files:
+            match = re.fullmatch(rf"(?:base_model\.model\.)?{layer}\.(.+)\.lora_([AB])\.weight", tensor)
+            _require(match, f"adapter {name!r} has {tensor}: expected LoRA of a {config.model_type}'s blocks")
+            self.found.setdefault(int(match[1]), {}).setdefault(match[2], {})[match[3]] = tensor
+
+    def load(self, index: int, places: dict[str, lora.Place], dtype: torch.dtype, device: Any) -> BlockLora:
+        """What it adds to one block."""
+        result: BlockLora = {}
+        for name, both in self.found.get(index, {}).items():
+            text = f"adapter {self.name!r}, block {index}, {name}: expected"
+            fits = name in places and both.keys() == {"A", "B"}
+            _require(fits, f"{text} both lora_A and lora_B of one of {', '.join(places)}")
+            A, B = (self.checkpoint.read(both[half]).to(device, dtype) for half in "AB")
+            shapes, wanted = [list(A.shape), list(B.shape)], places[name].shapes(len(A))
+            _require(shapes == wanted, f"{text} shapes {wanted}, {shapes} came")
+            adapter = lora.Adapter.at(places[name], A, B, self._scale(both["A"], len(A)))
+            result.setdefault(places[name].matrix, []).append(adapter)
+        return result
+
+    def _scale(self, tensor: str, rank: int) -> float:
+        module, patterns = tensor.removesuffix(".lora_A.weight"), self.settings.get("alpha_pattern") or {}
+        alphas = [alpha for form, alpha in patterns.items() if re.match(rf"(.*\.)?({form})$", module)]
+        alpha = alphas[0] if alphas else self.settings["lora_alpha"]
+        return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 
 
 # ============================================================================================================
@@ -2590,6 +2676,7 @@ class Work:
     prompts: Tensor  # [blocks, B or 1, P, H], P may be 0
     grad: Tensor | None = None  # [B, T, H]: of the output, for a backward pass
     left_pad: Sequence[int] = ()  # of a forward or backward pass
+    lora: dict[int, BlockLora] = field(default_factory=dict)  # by block: adapters that the server has
     tables: RowTables | None = None
     start: int = 0  # of a step, as are these
     hypo_ids: Sequence[int] = ()
@@ -2621,6 +2708,8 @@ class Executor(threading.Thread):
         spec, keys = next(iter(blocks.values())).spec, next(iter(pool.k.values()))
         self.dtype, self.device = keys.dtype, keys.device
         self.rotary = positions.Rotary(config if spec.rotary else None, spec.head_dim, self.device)
+        self.places = lora_places(config, next(iter(blocks.values())))  # alike in all blocks of a model
+        self.adapters: dict[str, dict[int, BlockLora]] = {}  # name -> block -> what it adds
         self.passes = self.steps = 0  # for status and tests: passes, finished steps
         self._inbox: list[Work] = []
         self._news = threading.Condition()
@@ -2698,12 +2787,17 @@ class Executor(threading.Thread):
             part.finish()
 
     def _run_blocks(self, parts: list[_Part], indices: Iterable[int]) -> None:
-        """Some blocks for the tokens of all these parts at once."""
+        """Some blocks for the tokens of all these parts at once, those of one adapter side by side."""
+        parts = sorted(parts, key=lambda part: id(part.work.lora))
         tables, queries, lengths, finals = zip(*(row for part in parts for row in part.rows), strict=True)
         plan = attention.plan(tables, queries, lengths, PAGE, self.device)
         at = torch.cat([part.at for part in parts]).to(self.device)
         cos, sin = self.rotary(at, list(zip(queries, finals, strict=True)), self.dtype)
         x, sizes = torch.cat([part.x for part in parts]), [len(part.x) for part in parts]
+        runs: dict[int, tuple[slice, dict]] = {}  # of tokens with one adapter
+        for part, end in zip(parts, itertools.accumulate(sizes), strict=True):
+            its, begun = part.work.lora, slice(end - len(part.x), end)
+            runs[id(its)] = slice(runs.get(id(its), (begun,))[0].start, end), its
         for index in indices:
             pages = self.pool.k[index], self.pool.v[index]
             for part, tokens in zip(parts, x.split(sizes), strict=True):
@@ -2714,7 +2808,8 @@ class Executor(threading.Thread):
                 q = attention.rope_append(qkv, cos, sin, *pages, plan)
                 return attention.attend(q, *pages, plan, **block.attention)
 
-            x = self.blocks[index](x, attend)
+            adapted = [(run, its[index]) for run, its in runs.values() if index in its]
+            x = self.blocks[index](x, attend, adapted)
         for part, tokens in zip(parts, x.split(sizes), strict=True):
             part.x = tokens
 
@@ -2731,7 +2826,8 @@ class Executor(threading.Thread):
         return result is not None
 
     def without_cache(self, rows: int, tokens: int, left_pad: Sequence[int] = ()) -> Callable:
-        """A function (block index, [B, T, H]) -> [B, T, H] for a batch that is in no session."""
+        """A function (block index, [B, T, H], the block's LoRA) -> [B, T, H] for a batch that is in no
+        session."""
         pads = torch.tensor(left_pad or [0] * rows)
         at = (torch.arange(tokens) - pads[:, None]).clamp(min=0).flatten().to(self.device)
         cos, sin = self.rotary(at, [(tokens, tokens - pad) for pad in pads.tolist()], self.dtype)
@@ -2743,7 +2839,11 @@ class Executor(threading.Thread):
             q, k, v = (t.unflatten(0, (rows, tokens)) for t in (*qk.split([N, K], dim=1), v))
             return attention.fresh(q, k, v, left_pad, **block.attention)
 
-        return lambda index, x: self.blocks[index](x.reshape(rows * tokens, -1), attend).view(x.shape)
+        def run(index: int, x: Tensor, its: BlockLora | None = None) -> Tensor:
+            adapted = [(slice(None), its)] if its else ()
+            return self.blocks[index](x.reshape(rows * tokens, -1), attend, adapted).view(x.shape)
+
+        return run
 
     def _pass_through(self, work: Work) -> Iterator[list[Tensor] | None]:
         """A forward pass without cache, a backward pass if the work has a gradient. Yields None after every
@@ -2756,7 +2856,7 @@ class Executor(threading.Thread):
                 x = torch.cat([x[:, :length] + given, x[:, length:]], dim=1)
             if work.grad is not None:
                 inputs.append(x)
-            x = run(index, x)
+            x = run(index, x, work.lora.get(index))
             yield
         if work.grad is None:
             yield [x.to("cpu")]
@@ -2765,7 +2865,7 @@ class Executor(threading.Thread):
         for index in reversed(work.blocks):
             with torch.enable_grad():
                 leaf = inputs.pop().detach().requires_grad_()
-                output = run(index, leaf)
+                output = run(index, leaf, work.lora.get(index))
             (grad,) = torch.autograd.grad(output, leaf, grad)
             prompt_grads.insert(0, grad[:, :length])
             yield
@@ -2825,7 +2925,7 @@ _METADATA_CHECKS = (  # what a request may say, and what it must be; all of it m
     ("max_length start_from_position", _count, "a count of tokens"),
     ("output_compression next_servers", _listed, "a list"),
     ("left_pad", lambda value: _listed(value) and all(map(_count, value)), "a list of counts"),
-    ("active_adapter", lambda value: not value, "None, for this server has no adapters"),
+    ("active_adapter", _text, "a name"),
 )
 
 
@@ -2856,6 +2956,7 @@ class ServerSession:
         self.tables: RowTables | None = None  # once there is room for it
         # per step
         self.position = 0
+        self.lora: dict[int, BlockLora] = {}  # by block
         self.push_from: str | None = metadata.get("push_from")  # "": nobody; None: the client names none
         self.seen: deque[str] = deque(maxlen=MAX_SEEN)  # ids of the steps that were run
         self.pushes: dict[int, tuple[ExpertRequest, dict]] = {}  # by the position at which their turn comes
@@ -2926,6 +3027,12 @@ class TransformerConnectionHandler(ServicerBase):
         expect(self.uids[at : at + len(names)] == names, served, uid)
         return self.server.span[at : at + len(names)]
 
+    def _adapter(self, metadata: dict) -> dict[int, BlockLora]:
+        """The adapter that a request names, by block; empty where it names none."""
+        name, known = metadata.get("active_adapter"), self.executor.adapters
+        expect(not name or name in known, f"active_adapter, of {', '.join(known) or 'none here'}", name)
+        return known[name] if name else {}
+
     async def _inputs(self, request: ExpertRequest, metadata: dict, blocks: range, states: int = 1) -> tuple:
         """A request's tensors: as many as `states` says of hidden states and their gradient [B, T, H]; deep
         prompts [blocks, 1 or B, P, H], P = 0 where there are none; hypo_ids, not yet checked."""
@@ -2982,7 +3089,8 @@ class TransformerConnectionHandler(ServicerBase):
         expect(1 <= tokens <= MAX_REQUEST_TOKENS, f"1 to {MAX_REQUEST_TOKENS} tokens", tokens)
         most = self.server.max_length  # attention's cost grows with the square
         expect(hidden.shape[1] <= most, f"rows of {most} tokens or fewer", hidden.shape[1])
-        work = Work(blocks, hidden, prompts, *grad, left_pad=metadata.get("left_pad", ()))
+        pads, its = metadata.get("left_pad", ()), self._adapter(metadata)
+        work = Work(blocks, hidden, prompts, *grad, left_pad=pads, lora=its)
         return await self._response(await self.executor.submit(work), metadata)
 
     async def rpc_forward_stream(self, requests: Requests, context: P2PContext) -> Responses:
@@ -3017,6 +3125,7 @@ class TransformerConnectionHandler(ServicerBase):
         expect(1 <= length <= most, f"max_length, of 1 to {most} tokens", length)
         hidden, *_ = await self._inputs(request, metadata, blocks)
         session = ServerSession(requests, blocks, len(hidden), metadata)
+        session.lora = self._adapter(metadata)
         expect(session.id not in self.sessions, "a session_id of its own", session.id)
         self.sessions[session.id] = session
         # a client that reads no answers holds us up where no other limit looks
@@ -3060,7 +3169,8 @@ class TransformerConnectionHandler(ServicerBase):
         expect(start <= session.position, f"start_from_position up to {session.position}", start)
         end = start + hidden.shape[1]
         expect(end <= room, f"at most {room} tokens (max_length)", f"{start} + {hidden.shape[1]}")
-        work = Work(blocks, hidden, prompts, tables=session.tables, start=start, hypo_ids=order)
+        place = {"tables": session.tables, "start": start, "lora": session.lora}
+        work = Work(blocks, hidden, prompts, hypo_ids=order, **place)
         session.busy = self.executor.submit(work)
         output = await asyncio.shield(session.busy)
         session.position = end
@@ -3135,6 +3245,7 @@ class Server:
     throughput: float | str = "auto"  # tokens/s to announce; "auto": measured
     update_period: float = 120.0  # seconds between announcements
     public_name: str | None = None
+    adapters: Sequence[str] = ()  # directories or repositories in PEFT's format
     hub: dict[str, Any] = field(default_factory=dict)  # token, revision, cache_dir
 
     def __post_init__(self):
@@ -3149,6 +3260,8 @@ class Server:
         if self.quant_type not in QUANT_TYPES:
             raise UserError(f"quant_type {self.quant_type!r}: expected {', '.join(QUANT_TYPES)}{NO_NF4}")
         self.checkpoint = Checkpoint(self.model, **self.hub)
+        hub = {key: value for key, value in self.hub.items() if key != "revision"}  # that is the model's
+        self._adapters = [AdapterCheckpoint(name, self.config, **hub) for name in map(str, self.adapters)]
         best_device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(best_device if self.device == "auto" else self.device)
         # a CPU without AVX-512 is slower in 16 bits than in 32 (KERNELS.md, CPU)
@@ -3205,6 +3318,10 @@ class Server:
             specs = {index: block.spec for index, block in blocks.items()}
             self.pool = PagePool(specs, self.attn_cache_tokens, self.dtype, self.device)
             self.executor = Executor(blocks, self.config, self.pool)
+            how = self.executor.places, self.dtype, self.device
+            for its in self._adapters:
+                self.executor.adapters[its.name] = {index: its.load(index, *how) for index in blocks}
+            info.adapters = tuple(self.executor.adapters)
             info.throughput = self._measure() if self.throughput == "auto" else float(self.throughput)
             self.executor.start()
             self.handler = TransformerConnectionHandler(self)
@@ -3411,6 +3528,7 @@ def run_serve(model: str, new_swarm: bool = False, initial_peers: Sequence[str] 
     --inference_max_length         the longest session, in tokens
     --throughput, --update_period  tokens/s to announce (auto: measured), and every how many seconds
     --public_name                  a name to show to others
+    --adapters                     LoRA adapters for clients to choose from: directories or hub repositories
     --host_maddrs, --port          addresses to listen on; or one TCP port of all interfaces
     --announce_maddrs, --public_ip addresses to tell others; or the one under which they reach --port
     --identity_path                file of the peer's key, made if missing: keeps the peer id"""
@@ -3479,8 +3597,9 @@ def _answer(model: Any, tokenizer: Any, ids: Tensor, **options: Any) -> list[int
 def run_generate(model: str, prompt: str | None = None, **options: Any) -> None:
     """continue a text
 
-    The text is --prompt, the model and its swarm as for `serve`. By at most --max_new_tokens, sampled with
-    --temperature, from --top_p of the odds and with a --seed; or --greedy: always the likeliest token."""
+    The text is --prompt, the model and its swarm as for `serve`; --active_adapter: a LoRA that servers have.
+    By at most --max_new_tokens, sampled with --temperature, from --top_p of the odds and with a --seed; or
+    --greedy: always the likeliest token."""
     if prompt is None:
         raise UserError("give --prompt, the text to continue")
     client, tokenizer = _load_client(model, **options)
@@ -3559,6 +3678,7 @@ def _parser() -> argparse.ArgumentParser:
     for flags, expected, *check in _TYPES:
         several = {"nargs": "+", "metavar": "MULTIADDR"} if "multiaddr" in expected else {}
         kinds |= dict.fromkeys(flags.split(), {"type": _type(expected, *check), "help": expected} | several)
+    kinds["--adapters"] = {"nargs": "+", "metavar": "PATH_OR_REPO"}
     parser = _Parser(prog="petals-min", description="Run large language models BitTorrent-style.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -3566,10 +3686,10 @@ def _parser() -> argparse.ArgumentParser:
     model = "model --dht_prefix --token --revision --cache_dir --initial_peers"
     network = "--host_maddrs --announce_maddrs --port --public_ip --identity_path"
     server = "--new_swarm --block_indices --num_blocks --device --torch_dtype --quant_type"
-    record = "--attn_cache_tokens --inference_max_length --throughput --update_period --public_name"
-    talk = f"{model} --max_new_tokens --temperature --top_p --seed --greedy"
+    record = "--adapters --attn_cache_tokens --inference_max_length --throughput --update_period"
+    talk = f"{model} --active_adapter --max_new_tokens --temperature --top_p --seed --greedy"
     for function, flags in (
-        (run_serve, f"{model} {server} {record} {network}"),
+        (run_serve, f"{model} {server} {record} --public_name {network}"),
         (run_dht, f"--initial_peers {network}"),
         (run_generate, f"{talk} --prompt"),
         (run_chat, f"{talk} --max_length"),

@@ -72,6 +72,7 @@ from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse
 from hivemind.utils.asyncio import as_aiter
 from hivemind.utils.serializer import MSGPackSerializer
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -2775,6 +2776,174 @@ def test_what_a_server_says_of_itself_is_what_petals_servers_say(crowd):
     assert all(isinstance(extra[key], (kind, type(None))) for key, kind in petals.items()), extra
     assert (extra["start_block"], extra["end_block"], extra["torch_dtype"]) == (0, 2, "float32")
     assert found["_petals.models"][first.prefix].value == {"num_blocks": LAYERS, "repository": None}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# LoRA that servers have
+# ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def merged(reference, changes: dict) -> transformers.PreTrainedModel:
+    """A copy of a model with scale * B @ A added to some of its matrices: name -> (A, B, scale)."""
+    model = copy.deepcopy(reference)
+    for name, (A, B, scale) in changes.items():
+        model.get_submodule(name).weight += scale * (B @ A)
+    return model
+
+
+@torch.no_grad()
+def make_adapter(
+    reference, path: Path, only: str = "", rank: int = 3, **settings
+) -> transformers.PreTrainedModel:
+    """Writes an adapter as PEFT does, of all linear layers of the blocks (or those that match `only`).
+    Returns transformers' model with it merged into the weights."""
+    random, changes, tensors = torch.Generator().manual_seed(zlib.crc32(path.name.encode())), {}, {}
+    settings = {"peft_type": "LORA", "bias": "none", "r": rank, "lora_alpha": 6, **settings}
+    for name, module in reference.named_modules():
+        if isinstance(module, nn.Linear) and re.search(rf"(layers|h)\.\d+\..*{only}", name):
+            A = 0.15 * torch.randn(rank, module.in_features, generator=random)
+            B = 0.15 * torch.randn(module.out_features, rank, generator=random)
+            alpha = next((a for key, a in settings.get("alpha_pattern", {}).items() if name.endswith(key)), 6)
+            changes[name] = A, B, alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+            tensors |= {
+                f"base_model.model.{name}.lora_A.weight": A,
+                f"base_model.model.{name}.lora_B.weight": B,
+            }
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(tensors, path / "adapter_model.safetensors")
+    return merged(reference, changes)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "falcon-40b", "mixtral"])
+def test_a_hosted_adapter_is_the_model_with_it_merged(family, server_of, initial_peers, tmp_path):
+    """In one pass, in a session and backwards; who names none is served by the same servers without it."""
+    reference, ids = make_model(family), some_ids(2, 9)
+    path, adapter = save(reference, tmp_path / f"hosts-{family}"), tmp_path / "adapter"
+    more = (
+        {"use_rslora": True} if family == "bloom" else {"alpha_pattern": {"up_proj": 2, "dense_h_to_4h": 2}}
+    )
+    expected = make_adapter(reference, adapter, r"(self_attn|self_attention|mlp)\.(?!gate$)", **more)
+    options = {"dht_prefix": f"hosts-{family}", "adapters": [adapter]}
+    servers = [server_of(path, *span, **options) for span in ((0, 2), (2, LAYERS))]
+    assert [server.info.adapters for server in servers] == [(str(adapter),)] * 2
+    kind = functools.partial(
+        pm.AutoDistributedModelForCausalLM.from_pretrained, path, dht_prefix=f"hosts-{family}"
+    )
+    for adapted, plain in ((kind(initial_peers=initial_peers, active_adapter=str(adapter)), expected),
+                           (kind(initial_peers=initial_peers), reference)):  # fmt: skip
+        with torch.no_grad():
+            close(adapted(ids).logits, plain(ids).logits)
+        assert greedy(adapted, ids, new=8) == greedy(plain, ids, new=8)
+        same_gradients(gradients(adapted.transformer), gradients(plain.base_model))
+    with torch.no_grad():
+        assert relative(expected(ids).logits, reference(ids).logits) > 0.02
+
+
+def test_clients_of_different_adapters_share_a_pass(server_of, initial_peers, folder, tmp_path, monkeypatch):
+    """Two of one adapter, one of another, one of none: each gets its own model's text."""
+    reference, turn = make_model("llama"), pm.Executor._turn
+    path = save(reference, tmp_path / "mixed")
+    models = [make_adapter(reference, tmp_path / name) for name in ("one", "other")]
+    server = server_of(path, 0, LAYERS, dht_prefix="mixed", adapters=[tmp_path / "one", tmp_path / "other"])
+    wanted = [(str(tmp_path / "one"), models[0]), (None, reference), (str(tmp_path / "other"), models[1])]
+    wanted.append(wanted[0])
+    # a turn waits until all four have a step
+    monkeypatch.setattr(
+        pm.Executor, "_turn", lambda self, steps: turn(self, steps) if len(steps) == 4 else steps
+    )
+    options = {"initial_peers": initial_peers, "dht_prefix": "mixed"}
+    load = functools.partial(pm.AutoDistributedModelForCausalLM.from_pretrained, path, **options)
+    clients, found = [load(active_adapter=name) for name, _ in wanted], {}
+    passes = server.executor.passes
+    texts = [some_ids(1 + number % 2, 5 + number, seed=number) for number in range(4)]
+    threads = [
+        threading.Thread(target=lambda n=n: found.update({n: greedy(clients[n], texts[n], new=8)}))
+        for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert found == {n: greedy(model, texts[n], new=8) for n, (_, model) in enumerate(wanted)}
+    assert server.executor.passes - passes == 8
+
+
+def test_routes_keep_to_servers_that_have_the_adapter(
+    server_of, initial_peers, folder, tmp_path, monkeypatch
+):
+    reference, ids = make_model("llama"), some_ids(1, 6)
+    path = save(reference, tmp_path / "some-hf")
+    expected = make_adapter(reference, tmp_path / "cats")
+    server_of(path, 0, LAYERS, dht_prefix="some-hf", throughput=1e6)
+    command = ["serve", path, *SERVE, "--adapters", tmp_path / "cats", "--initial_peers", *initial_peers]
+    with Process(folder, *command) as process:
+        hello, name = process.hello(), str(tmp_path / "cats")
+        options = {"initial_peers": initial_peers, "dht_prefix": "some-hf"}
+        load = functools.partial(pm.AutoDistributedModelForCausalLM.from_pretrained, path, **options)
+        model = load(active_adapter=name)
+        requests = spy(monkeypatch, pm, "_request")
+        with torch.no_grad():
+            close(model(ids).logits, expected(ids).logits)
+        with model.inference_session(max_length=16) as session:
+            assert greedy(model, ids, new=6) == greedy(expected, ids, new=6)
+            route = session.route
+        spans = [*route, *(call.args[1] for call in requests)]
+        assert {str(span.peer) for span in spans} == {hello["peer_id"]}
+        with pytest.raises(pm.MissingBlocksError, match=rf"with adapter 'dogs'; there are {re.escape(name)}"):
+            load(active_adapter="dogs", max_retries=0)(ids)
+        # a client that asks all the same is told what there is
+        monkeypatch.setattr(pm.Router, "_allowed", lambda self, span: str(span.peer) == hello["peer_id"])
+        for use in (lambda model: model(ids), lambda model: greedy(model, ids, new=1)):
+            with pytest.raises(pm.PeerError, match=rf"active_adapter, of {re.escape(name)}; 'dogs' came"):
+                use(load(active_adapter="dogs", max_retries=0))
+
+
+def test_bad_adapters_are_refused_in_one_line(llama, main, tmp_path):
+    good = tmp_path / "good"
+    make_adapter(llama.reference, good, "q_proj")
+    made = itertools.count()
+
+    def variant(tensors=lambda tensors: tensors, **settings) -> Path:
+        path = tmp_path / f"bad{next(made)}"
+        path.mkdir()
+        said = json.loads((good / "adapter_config.json").read_text())
+        (path / "adapter_config.json").write_text(json.dumps(said | settings))
+        save_file(tensors(load_file(good / "adapter_model.safetensors")), path / "adapter_model.safetensors")
+        return path
+
+    pickled = variant()
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    damaged = variant()
+    (damaged / "adapter_config.json").write_text("{")
+    first = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    cases = [
+        (tmp_path / "nothing", "nothing"),
+        (pickled, "no adapter_model.safetensors.*pickles are never loaded"),
+        (damaged, "adapter_config.json.*damaged"),
+        (variant(bias="all"), "bias='all': expected plain LoRA"),
+        (variant(use_dora=True), "use_dora=True"),
+        (variant(modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\]"),
+        (variant(peft_type="LOHA"), "peft_type='LOHA'"),
+        (variant(lora_alpha=None), "expected a dict with lora_alpha"),
+        (
+            variant(lambda t: t | {"base_model.model.lm_head.lora_A.weight": torch.ones(3, 48)}),
+            "lm_head.lora_A",
+        ),
+        (
+            variant(lambda t: {k: v for k, v in t.items() if k != first + "A.weight"}),
+            "both lora_A and lora_B",
+        ),
+        (variant(lambda t: t | {first + "B.weight": torch.ones(5, 3)}), r"shapes \[\[3, 48\], \[72, 3\]\]"),
+        (
+            variant(lambda t: {k.replace("q_proj", "x_proj"): v for k, v in t.items()}),
+            "x_proj.*self_attn.q_proj",
+        ),
+    ]
+    for path, message in cases:
+        code, err = main("serve", llama.path, "--new_swarm", *SERVE, "--adapters", path)
+        assert code == 2 and err.splitlines()[-1:] and re.search(message, err.splitlines()[-1]), (path, err)
 
 
 @torch.no_grad()
