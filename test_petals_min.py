@@ -1538,6 +1538,7 @@ def test_the_users_own_lora(swarm, monkeypatch):
     """Its gradients are those of local autograd, its text that of transformers with the same matrices; on the
     servers that serve everybody else."""
     monkeypatch.setattr(pm, "MAX_BATCH_TOKENS", 18)  # parts of at most two rows
+    monkeypatch.setattr(pm, "STREAM_BYTES", 10_000)  # most requests are larger and go by stream
     names, ids = pm.FAMILIES[swarm.reference.config.model_type].names, some_ids(2, 9)
     targets = [name.split(".")[-1] for ours in pm.ADAPTABLE for name in names.get(ours, "").split()]
     model = swarm.load(**OWN, lora_targets=targets)
