@@ -120,7 +120,7 @@ from tokenizers import decoders, pre_tokenizers  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 from transformers import PretrainedConfig  # noqa: E402
 
-from kernels import attention, matmul, norm, positions  # noqa: E402
+from kernels import attention, lora, matmul, norm, positions  # noqa: E402
 
 multiprocessing.set_start_method(_start_method, force=True)  # hivemind's import set it; ours must not
 
@@ -150,7 +150,7 @@ PUBLIC_INITIAL_PEERS = (
     "/ip4/159.203.156.48/tcp/31338/p2p/QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5",
 )
 # What this version adds to the wire (PROTOCOL.md, "What petals_min adds").
-FEATURES = ("left_pad", "push_from", "step_tensors")
+FEATURES = ("left_pad", "push_from", "step_tensors", "lora")
 
 
 class PetalsError(Exception):
@@ -317,6 +317,11 @@ class BlockSpec:
     experts: int = 0
     top_k: int = 0
 
+    @property
+    def qkv_sizes(self) -> list[int]:
+        """How many rows q, k and v have."""
+        return [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
+
 
 @dataclass(frozen=True)
 class Family:
@@ -372,6 +377,7 @@ _EXPERTS = {"experts_up": f"{_EXPERT}.w1 {_EXPERT}.w3", "experts_down": f"{_EXPE
 _MIXTRAL_NAMES = _ATTENTION | _EXPERTS | {"router": "block_sparse_moe.gate"}
 _OLDER_NAMES = _NORMS | {"qkv": "self_attention.query_key_value", "out": "self_attention.dense"}
 _OLDER_NAMES |= {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
+ADAPTABLE = "qkv", "out", "up", "down"  # the matrices to which LoRA may add; experts are not among them
 
 
 # The last two fields of a family, layers and aliases.
@@ -425,8 +431,12 @@ class ClientConfig:
     # Of middle activations per session; beyond it, repairs start at the embeddings.
     max_history_bytes: int = 2**30
     active_adapter: str | None = None
-    tuning_mode: str | None = None  # "ptune": soft prompts before the text; "deep_ptune": also in every block
-    pre_seq_len: int = 0  # how many of them
+    # "ptune": soft prompts before the text; "deep_ptune": also in every block; "lora": one's own LoRA there
+    tuning_mode: str | None = None
+    pre_seq_len: int = 0  # how many soft prompts
+    lora_rank: int = 8
+    lora_alpha: float = 16
+    lora_targets: Sequence[str] | None = None  # such as ["q_proj", "v_proj"]; None: all that make q, k, v
     # where the rest of the model is, if what is loaded has nothing but what was trained
     base_model_name_or_path: str | None = None
 
@@ -437,6 +447,27 @@ class ClientConfig:
         return config
 
 
+def lora_targets(config: PretrainedConfig) -> dict[str, str]:
+    """The matrices of a block to which the user's own LoRA adds: their last names, and whole ones."""
+    if config.tuning_mode != "lora":
+        return {}
+    names = family_of(config).names
+    known = [name for ours in ADAPTABLE for name in names.get(ours, "").split()]
+    wanted = [name.split(".")[-1] for name in config.lora_targets or names["qkv"].split()]
+    found = {name.split(".")[-1]: name for name in known if name.split(".")[-1] in wanted}
+    fits, rank = len(found) == len(set(wanted)), config.lora_rank
+    _require(fits and rank > 0, f"LoRA of {wanted}, rank {rank}: expected some of {known}, 1 or more")
+    _require(not config.active_adapter, "active_adapter or one's own LoRA (tuning_mode): choose one")
+    return found
+
+
+def lora_terms(config: PretrainedConfig, first: int = 0) -> dict[str, Any]:
+    """What a request with the user's own LoRA says of it; first: a block's place in the request's."""
+    names = list(lora_targets(config).values())
+    scale = config.lora_alpha / config.lora_rank
+    return {"lora_targets": names, "lora_scale": scale, "lora_first": first} if names else {}
+
+
 # ============================================================================================================
 # 3  Checkpoints: only the tensors one needs, from only the files that hold them
 # ============================================================================================================
@@ -445,10 +476,11 @@ class ClientConfig:
 class Checkpoint:
     """A directory or hub repository of safetensors, read tensor by tensor. Any thread, one at a time."""
 
-    def __init__(self, name: str, **hub: Any):
-        """`hub`: token, revision, cache_dir, as huggingface_hub takes them."""
+    def __init__(self, name: str, single: str = "model.safetensors", **hub: Any):
+        """`hub`: token, revision, cache_dir, as huggingface_hub takes them. single: the file's name where all
+        is in one."""
         self.name, self.hub = str(name), {key: value for key, value in hub.items() if value is not None}
-        index, single = self._fetch("model.safetensors.index.json", needed=False), "model.safetensors"
+        index = self._fetch(f"{single}.index.json", needed=False)
         if index is not None:
             with _failing_as(UserError, f"the index of {self.name!r} is damaged", (ValueError, LookupError)):
                 # tensor -> file
@@ -457,7 +489,7 @@ class Checkpoint:
             self.files = dict.fromkeys(self._open(single).keys(), single)
         else:
             advice = "choose a repository or revision with safetensors, or convert: pickles are never loaded"
-            raise UserError(f"{self.name!r} has no model.safetensors (nor an index of one); {advice}")
+            raise UserError(f"{self.name!r} has no {single} (nor an index of one); {advice}")
 
     def _fetch(self, file: str, needed: bool = True) -> str | None:
         """The local path of a file, downloaded if need be; None where one that is not needed is missing."""
@@ -934,6 +966,7 @@ class ServerInfo:
     next_pings: dict[str, float] | None = None  # base58 peer id -> round trip in seconds
     features: Sequence[str] = ()  # ours: what of FEATURES it can do
     max_length: int | None = None  # ours: the longest session it takes, in tokens
+    max_lora_rank: int | None = None  # ours: of a client's own LoRA
     cache_tokens: int | None = None  # ours: the tokens that its cache holds of each block, free or not
 
     def to_record(self) -> tuple[int, float, dict]:
@@ -1054,6 +1087,7 @@ class Router:
     def __init__(self, swarm: Swarm, config: PretrainedConfig):
         self.swarm, self.config, self.prefix = swarm, config, config.dht_prefix
         self.spans: list[Span] = []
+        self.offers: list[Span] = []  # those included that are not for us
         self.updated = -math.inf  # time.monotonic() of the last reading
         self.pings: dict[PeerID, float] = {}  # smoothed round trips, seconds
         # who failed and has not succeeded since, the latest at the end: banned until (monotonic), failures in
@@ -1072,8 +1106,8 @@ class Router:
             await asyncio.shield(self._reading)
 
     async def _read(self) -> None:
-        spans = spans_of(await read_directory(self.swarm, self.prefix, num_blocks(self.config)))
-        self.spans = list(filter(self._allowed, spans))
+        self.offers = spans_of(await read_directory(self.swarm, self.prefix, num_blocks(self.config)))
+        self.spans = list(filter(self._allowed, self.offers))
         peers = list({span.peer for span in self.spans})
         some = random.sample(peers, min(MAX_PINGED, len(peers)))
         measuring = _spawn(_gather_quietly(*map(self._measure, some)))
@@ -1091,6 +1125,9 @@ class Router:
         # by peer id only: anybody may take any public name
         allowed = config.allowed_servers is None or peer in map(str, config.allowed_servers)
         allowed = allowed and (quants is None or (span.info.quant_type or "none") in quants)
+        rank = config.lora_rank if config.tuning_mode == "lora" else 0
+        allowed = allowed and (not rank or "lora" in span.info.features)
+        allowed = allowed and rank <= (span.info.max_lora_rank or 0)
         blocked = {peer, span.info.public_name} & set(map(str, config.blocked_servers or ()))
         return bool(allowed and not blocked and config.active_adapter in (None, *span.info.adapters))
 
@@ -1129,11 +1166,21 @@ class Router:
             unfit = [span.info.max_length or 0 for span in self.spans if span.start <= missing[0] < span.end]
             most, room = max(unfit, default=0), max((s.info.cache_tokens or 0 for s in self.spans), default=0)
             detail = f" for this request: those that do take up to {most} tokens a row, {room} in all"
-            detail = detail if unfit else ""
+            detail = self._asked() + (detail if unfit else "")
             raise MissingBlocksError(self.prefix, missing, detail + self._recent_failures())
         now = time.monotonic()
         limits = [max(now, min(bans[span] for span in spans) + 0.1) for spans in table]
         return [[s for s in spans if bans[s] <= limit] for spans, limit in zip(table, limits, strict=True)]
+
+    def _asked(self) -> str:
+        """What we ask for that servers may lack, and what they have of it."""
+        config, name = self.config, self.config.active_adapter
+        infos = [span.info for span in self.offers]
+        if config.tuning_mode == "lora":
+            most = max((info.max_lora_rank or 0 for info in infos), default=0)
+            return f" and takes a client's LoRA of rank {config.lora_rank} (the highest taken is {most})"
+        known = sorted({adapter for info in infos for adapter in info.adapters})
+        return f" with adapter {name!r}; there are {', '.join(known) or 'none'}" if name else ""
 
     def fastest(self, start: int, end: int, tokens: int = 0, needs: Callable | None = None) -> list[Span]:
         """The route of least time per token for a session of `tokens` cache tokens: half a round trip for
@@ -1247,6 +1294,11 @@ def _checked(output: Tensor, like: Tensor, peer: PeerID) -> Tensor:
 def _prompts_of(prompts: Tensor | None, blocks=slice(None), rows: Any = slice(None)) -> Tensor | None:
     """What deep prompts [blocks, B or 1, P, H] say to some of the blocks and rows."""
     return None if prompts is None else prompts[blocks, rows if prompts.shape[1] > 1 else slice(None)]
+
+
+def _tuned_of(tuned: Sequence[Tensor | None], blocks: slice) -> list[Tensor | None]:
+    """What tensors [blocks, …] say to some of the blocks."""
+    return [None if tensor is None else tensor[blocks] for tensor in tuned]
 
 
 def _rows_by_padding(left_pad: Sequence[int]) -> list[tuple[int, list[int]]]:
@@ -1394,9 +1446,9 @@ class Hop:
             terms["next_servers"] = [(hop.span.name, hop.session_id, hop.start, hop.end) for hop in onward]
         if self.ours:
             terms["push_from"] = self.upstream
-        ids = NO_IDS if step.hypo_ids is None else step.hypo_ids
+        ids, own = NO_IDS if step.hypo_ids is None else step.hypo_ids, terms.pop("own", ())
         # not awaited: a frozen server would block it for ever; who waits for the answer watches the server
-        _spawn(self._deliver([hidden, NOTHING if prompts is None else prompts, ids], terms))
+        _spawn(self._deliver([hidden, NOTHING if prompts is None else prompts, ids, *own], terms))
 
     async def _deliver(self, tensors: list[Tensor], metadata: dict) -> None:
         try:
@@ -1448,11 +1500,12 @@ class Route:
     """The servers of one session in their order, and what it takes to replace them. Wire thread.
 
     rows: which rows of the session it carries; skip: how many of their first tokens are padding that it never
-    sends. left_pad: for each of these rows, how many of the tokens that it does send are padding.
+    sends. left_pad: for each of these rows, how many of the tokens that it does send are padding. own: the
+    user's own LoRA for these blocks.
     """
 
-    def __init__(self, router: Router, blocks: range, rows: Sequence, max_length: int, left_pad=(), skip=0):
-        self.router, self.config, self.blocks = router, router.config, blocks
+    def __init__(self, router: Router, blocks: range, rows, max_length: int, left_pad=(), skip=0, own=()):
+        self.router, self.config, self.blocks, self.own = router, router.config, blocks, own
         self.rows, self.max_length, self.left_pad, self.skip = list(rows), max_length, list(left_pad), skip
         self.hops = [Hop(router, blocks.start, blocks.stop)]
         self.position = 0  # at which all servers stand after the last step
@@ -1542,7 +1595,8 @@ class Route:
         `rpc_info` by its own handler: an error, or two answers missed in a row, fails it. A slow but honest
         server passes, because its handler answers from the wire thread while its executor computes.
         """
-        value, before, sending = step.hidden, "", step.hidden.nbytes / SLOWEST_LINK
+        size = sum(tensor.nbytes for tensor in (step.hidden, *terms.get("own", ())))
+        value, before, sending = step.hidden, "", size / SLOWEST_LINK
         answers = [hop.expect(step) for hop in hops]
         for index, (hop, answer) in enumerate(zip(hops, answers, strict=True)):
             peer, missed, now = hop.span.peer, 0, time.monotonic()
@@ -1630,15 +1684,20 @@ class Route:
 
     async def _begin(self, hop: Hop) -> None:
         """Connect, and send a step of no tokens with the session's terms: when it is answered, room is
-        granted."""
-        config = self.config
+        granted. The user's own LoRA goes with it, in several such steps where it is large."""
+        config, count = self.config, hop.end - hop.start
         terms = {"max_length": self.max_length, "points": 0.0, "active_adapter": config.active_adapter}
         if hop.ours:
             terms["alloc_timeout"] = config.alloc_timeout
         if any(self.left_pad):
             terms["left_pad"] = self.left_pad
         await hop.connect(self.router)
-        await self._carry(Step(0, torch.empty(len(self.rows), 0, config.hidden_size)), [hop], **terms)
+        own = _tuned_of(self.own, slice(hop.start - self.blocks.start, hop.end - self.blocks.start))
+        each = max(1, PART_BYTES * count // max(1, sum(tensor.nbytes for tensor in own)))  # blocks of a step
+        for first in range(0, count, each):
+            some = {"own": _tuned_of(own, slice(first, first + each)), **lora_terms(config, first)}
+            empty = Step(0, torch.empty(len(self.rows), 0, config.hidden_size))
+            await self._carry(empty, [hop], **terms, **some)
 
 
 # ============================================================================================================
@@ -1687,6 +1746,7 @@ class InferenceSession(transformers.Cache):
         # fixed when opened
         self.router, self.config, self.blocks = layers.router, layers.config, layers.blocks
         self.max_length, self.left_pad = max_length, list(left_pad)
+        self.own = [_on_cpu(tensor, torch.float32) for tensor in layers.own_lora()]  # as it is now
         self.batch_size_: int | None = None
         # between steps; a step that succeeds sets the first two, in the wire thread
         self._position = 0
@@ -1831,7 +1891,7 @@ class InferenceSession(transformers.Cache):
     async def _plan(self, rows: int) -> list[Route]:
         """One route for all rows; where some block has only servers that know no `left_pad` (original
         Petals), one unpadded route for the rows of each padding."""
-        make = functools.partial(Route, self.router, self.blocks)
+        make = functools.partial(Route, self.router, self.blocks, own=self.own)
         route = make(range(rows), self.max_length, self.left_pad)
         if any(self.left_pad):
             await self.router.refresh(max_age=self.config.update_period)
@@ -1853,7 +1913,9 @@ PARTS_PER_SERVER = 4  # of a batch: then a pipeline of S servers idles (S - 1) /
 
 
 class RemoteSequential(nn.Module):
-    """Consecutive blocks of a model, on the swarm's servers. It has no parameters.
+    """Consecutive blocks of a model, on the swarm's servers. It has no parameters but, with
+    tuning_mode="lora", those of the user's own LoRA: `lora_A` [all blocks, r, K] and `lora_B` [all blocks, N,
+    r] by the last names of the matrices (K inputs, N outputs).
 
     In a session (`inference_session`) a call runs the session's next step; outside of one it is a
     differentiable forward pass: [B, T, H] -> [B, T, H]. `layers[3:5]` is a RemoteSequential too; iterating
@@ -1863,6 +1925,8 @@ class RemoteSequential(nn.Module):
     def __init__(self, config: PretrainedConfig, *, dht: Any = None, start: int = 0, end: int | None = None):
         super().__init__()
         self.config, self.blocks = config, range(num_blocks(config))[start:end]
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self._add_lora()
         # shared with slices, which are shallow copies
         self._dht, self._opening = dht, threading.Lock()
         self._routers: list[Router] = []  # one, once it is needed
@@ -1888,7 +1952,26 @@ class RemoteSequential(nn.Module):
         return part
 
     def __deepcopy__(self, memo: dict) -> RemoteSequential:
-        return copy.copy(self)  # the same servers, and our one connection to them
+        other = copy.copy(self)  # the same servers, and our one connection to them
+        other._modules = copy.deepcopy(self._modules, memo)
+        return other
+
+    def _add_lora(self) -> None:
+        targets, size = lora_targets(self.config), (num_blocks(self.config), self.config.lora_rank)
+        if targets:
+            one, family = copy.copy(self.config), family_of(self.config)
+            one.num_hidden_layers = 1
+            with torch.device("meta"):  # transformers' own block knows the sizes
+                block = getattr(getattr(transformers, f"{family.title}Model")(one), family.layers)[0]
+        for name, place in targets.items():
+            matrix = block.get_submodule(place)
+            self.lora_A[name] = nn.Parameter(_new_lora("lora_A", (*size, matrix.in_features)))
+            self.lora_B[name] = nn.Parameter(_new_lora("lora_B", (size[0], matrix.out_features, size[1])))
+
+    def own_lora(self) -> list[Tensor]:
+        """The user's own LoRA for these blocks: A [blocks, r, K] and B [blocks, N, r] of each target."""
+        halves = ((self.lora_A[name], self.lora_B[name]) for name in self.lora_A)
+        return [half[self.blocks.start : self.blocks.stop] for both in halves for half in both]
 
     def extra_repr(self) -> str:
         return f"{self.config.dht_prefix}, remote blocks {self.blocks.start}:{self.blocks.stop}"
@@ -1903,7 +1986,13 @@ class RemoteSequential(nn.Module):
         session = self.active_session.get()
         if session is not None and session.blocks == self.blocks:
             return session.step(hidden, prompts)
-        return _RemoteForward.apply(self, hidden, prompts, left_pad or [0] * len(hidden))
+        return _RemoteForward.apply(self, hidden, prompts, left_pad or [0] * len(hidden), *self.own_lora())
+
+
+def _new_lora(name: str, shape: Sequence[int]) -> Tensor:
+    """As PEFT begins: A [blocks, r, K] as nn.Linear's weights, B zeros, which changes nothing yet."""
+    new = torch.zeros(shape, dtype=torch.float32)
+    return new.uniform_(-1, 1).div_(math.sqrt(shape[-1])) if "lora_A" in name else new
 
 
 class _RemoteForward(torch.autograd.Function):
@@ -1912,7 +2001,7 @@ class _RemoteForward(torch.autograd.Function):
     first."""
 
     @staticmethod
-    def forward(ctx, layers: RemoteSequential, hidden: Tensor, prompts: Tensor | None, left_pad) -> Tensor:
+    def forward(ctx, layers: RemoteSequential, hidden: Tensor, prompts: Prompts, left_pad, *own) -> Tensor:
         local, prompts = _on_cpu(hidden), _on_cpu(prompts, hidden.dtype)
         B, T = len(hidden), max(1, hidden.shape[1])
         wire().call(layers.router.refresh(layers.config.update_period, wait=False))
@@ -1922,10 +2011,11 @@ class _RemoteForward(torch.autograd.Function):
         most = max(1, min(max(busy, MIN_BATCH_TOKENS // T), MAX_BATCH_TOKENS // T))  # rows of a part
         groups = [(slice(pad, None), torch.tensor(rows)) for pad, rows in _rows_by_padding(left_pad)]
         ctx.places = [(part, tokens) for tokens, rows in groups for part in rows.split(most)]
-        ctx.prompts = [_prompts_of(prompts, rows=rows) for rows, _ in ctx.places]
+        own = [_on_cpu(tensor, torch.float32) for tensor in own]
+        ctx.tuned = [[_prompts_of(prompts, rows=rows), *own] for rows, _ in ctx.places]
         ctx.layers, ctx.prompts_shape = layers, None if prompts is None else prompts.shape
         run = functools.partial(remote_forward, layers.router, layers.blocks)
-        done = wire().call(_together(map(run, [local[place] for place in ctx.places], ctx.prompts)))
+        done = wire().call(_together(map(run, [local[place] for place in ctx.places], ctx.tuned)))
         outputs, ctx.trails = zip(*done, strict=True)
         return _put_together(local, ctx.places, outputs).to(hidden.device, hidden.dtype)
 
@@ -1934,27 +2024,30 @@ class _RemoteForward(torch.autograd.Function):
         local, for_prompts = _on_cpu(grad), None
         run = functools.partial(remote_backward, ctx.layers.router, ctx.layers.blocks.start)
         parts = [local[place] for place in ctx.places]
-        done = wire().call(_together(map(run, ctx.trails, parts, ctx.prompts)))
-        for_hidden = _put_together(local, ctx.places, [inputs for inputs, _ in done])
-        if ctx.needs_input_grad[2]:  # servers answer a gradient per row, also for prompts that all rows share
+        done = wire().call(_together(map(run, ctx.trails, parts, ctx.tuned)))
+        inputs, grads = zip(*done, strict=True)
+        for_hidden, grads = _put_together(local, ctx.places, inputs), list(zip(*grads, strict=True))
+        if ctx.prompts_shape is not None:  # a gradient per row comes, also of prompts that all rows share
             order = torch.cat([rows for rows, _ in ctx.places]).argsort()
-            for_prompts = torch.cat([prompts for _, prompts in done], dim=1)[:, order]
+            for_prompts = torch.cat(grads.pop(0), dim=1)[:, order]
             for_prompts = for_prompts.sum_to_size(ctx.prompts_shape).to(grad.device)
-        return None, for_hidden.to(grad.device, grad.dtype), for_prompts, None
+        for_own = [sum(parts).to(grad.device) for parts in grads]
+        return None, for_hidden.to(grad.device, grad.dtype), for_prompts, None, *for_own
 
 
 Prompts = Tensor | None  # [blocks, B or 1, P, H]
+Tuned = Sequence[Tensor | None]  # prompts; of the user's own LoRA, A [blocks, r, K] and B [blocks, N, r]
 Trail = list[tuple[Span, Tensor]]  # the servers that a forward pass took, each with its input
 
 
-async def remote_forward(router: Router, blocks: range, hidden: Tensor, prompts: Prompts) -> tuple:
+async def remote_forward(router: Router, blocks: range, hidden: Tensor, tuned: Tuned) -> tuple:
     """Carry [B, T, H] through the blocks, from server to server; returns the output and the Trail."""
     trail, at, attempt = [], blocks.start, 0
     while at < blocks.stop:
         try:
             await router.refresh(max_age=router.config.update_period, wait=False)
             span = router.spread(at, blocks.stop)[0]
-            part = _prompts_of(prompts, slice(at - blocks.start, span.end - blocks.start))
+            part = _tuned_of(tuned, slice(at - blocks.start, span.end - blocks.start))
             output, *_ = await _request(router, span, "rpc_forward", [hidden], part)
             if router.config.show_route is True:
                 logger.info("forward: %s", span)
@@ -1966,43 +2059,43 @@ async def remote_forward(router: Router, blocks: range, hidden: Tensor, prompts:
     return hidden, trail
 
 
-async def remote_backward(router: Router, first: int, trail: Trail, grad: Tensor, prompts: Prompts) -> tuple:
-    """Gradients of the inputs [B, T, H] and of the prompts [blocks from `first` on, B, P, H]. Where a server
-    of the trail is lost, its part is computed forward again elsewhere."""
-    trail, attempt, prompt_grads = list(trail), 0, []
+async def remote_backward(router: Router, first: int, trail: Trail, grad: Tensor, tuned: Tuned) -> tuple:
+    """Gradients of the inputs [B, T, H] and of what tuned the blocks from `first` on: prompts [blocks, B, P,
+    H], LoRA. Where a server of the trail is lost, its part is computed forward again elsewhere."""
+    trail, attempt, tuned_grads = list(trail), 0, []
     while trail:
         span, hidden = trail.pop()
-        part = _prompts_of(prompts, slice(span.start - first, span.end - first))
+        part = _tuned_of(tuned, slice(span.start - first, span.end - first))
         try:
-            grad, *its_prompts = await _request(router, span, "rpc_backward", [hidden, grad], part)
-            prompt_grads, attempt = its_prompts + prompt_grads, 0
+            grad, *its = await _request(router, span, "rpc_backward", [hidden, grad], part)
+            tuned_grads, attempt = [its, *tuned_grads], 0
         except PeerError as error:
             attempt += 1
             await router.before_retry(attempt, error, f"backward of {span}")
             trail += (await remote_forward(router, range(span.start, span.end), hidden, part))[1]
-    return grad, torch.cat(prompt_grads) if prompt_grads else None
+    return grad, [torch.cat(each) for each in zip(*tuned_grads, strict=True)]
 
 
-async def _request(router: Router, span: Span, rpc: str, tensors: list, prompts: Prompts) -> list[Tensor]:
-    """One forward or backward request; its answer's first tensor has the shape of the request's first."""
+async def _request(router: Router, span: Span, rpc: str, tensors: list, tuned: Tuned) -> list[Tensor]:
+    """One forward or backward request; its answer's first tensor has the shape of the request's first, the
+    others, of a backward pass, are gradients of what tuned the blocks."""
     uid = " ".join(block_uids(router.prefix, span.start, span.end))
-    metadata = {"points": 0.0, "active_adapter": router.config.active_adapter}
-    # a backward pass answers a gradient for the prompts too
-    wanted = 1 if prompts is None else len(tensors)
-    tensors = [*tensors, NOTHING if prompts is None else prompts]
+    metadata = {"points": 0.0, "active_adapter": router.config.active_adapter, **lora_terms(router.config)}
+    due, (prompts, *own) = [tensors[0]], tuned
+    if rpc == "rpc_backward":  # for each row, also of prompts that the rows share
+        due += [] if prompts is None else [prompts.expand(-1, len(tensors[0]), -1, -1)]
+        due += own
+    tensors = [*tensors, NOTHING if prompts is None else prompts, *own]
     request = await _off_loop(sum(t.nbytes for t in tensors), pack_request, uid, tensors, metadata)
     response = await call_large(router.swarm.p2p, span.peer, rpc, request, router.config.request_timeout)
     try:
         answer = await _off_loop(_size(response), lambda: [unpack(tensor) for tensor in response.tensors])
     except Exception as error:
         raise PeerError(_first_line(error), span.peer) from error
-    if len(answer) < wanted:
-        raise PeerError(f"it answered {len(answer)} tensors where {wanted} were due", span.peer)
-    _checked(answer[0], tensors[0], span.peer)
-    if wanted > 1:  # for each row, also of prompts that the rows share
-        _checked(answer[1], prompts.expand(-1, len(tensors[0]), -1, -1), span.peer)
+    if len(answer) < len(due):
+        raise PeerError(f"it answered {len(answer)} tensors where {len(due)} were due", span.peer)
     router.succeeded(span.peer)
-    return answer[:wanted]
+    return [_checked(its, like, span.peer) for its, like in zip(answer, due, strict=False)]
 
 
 # ============================================================================================================
@@ -2048,13 +2141,15 @@ class _Distributed:
         for source in filter(None, (config.base_model_name_or_path, name)):
             tensors |= Checkpoint(source, **hub).select(wanted, f"{cls.base_model_prefix}.")
         _require(tensors, f"{name!r} holds none of {cls.__name__}'s own tensors ({next(iter(wanted))}, …)")
-        model = super().from_pretrained(None, *args, config=config, state_dict=tensors, dtype=dtype, **kwargs)
+        new = {key: _new_lora(key, tensor.shape) for key, tensor in wanted.items() if "lora_" in key}
+        how = {"config": config, "state_dict": new | tensors, "dtype": dtype}
+        model = super().from_pretrained(None, *args, **how, **kwargs)
         model.config.name_or_path = name
         if model.can_generate():
             with contextlib.suppress(OSError):  # many models have no generation_config.json
                 model.generation_config = transformers.GenerationConfig.from_pretrained(name, **hub)
         for name, parameter in model.named_parameters():  # only these are trained, as in Petals
-            parameter.requires_grad_("prompt_embeddings" in name or name.startswith("score."))
+            parameter.requires_grad_(bool(re.search(r"prompt_embeddings|lora_|^score\.", name)))
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -2087,14 +2182,15 @@ def _as_session(cache: Any) -> InferenceSession | None:
 class _Base(_Distributed):
     """A base model: embeddings, remote blocks, final norm; with a `tuning_mode` also the prompts to train."""
 
-    _keep_in_fp32_modules_strict = ("prompt_embeddings",)  # what is trained in small steps
+    _keep_in_fp32_modules_strict = ("prompt_embeddings", "lora_A", "lora_B")  # trained in small steps
 
     def _add_prompts(self) -> None:
         """In Petals' names and layout: `prompt_embeddings` [P, H], `intermediate_…` [P, blocks * H]."""
         mode, P, H = self.config.tuning_mode, self.config.pre_seq_len, self.config.hidden_size
-        fits = mode is None or (mode in ("ptune", "deep_ptune") and P > 0)
-        _require(fits, f"tuning_mode {mode!r}, pre_seq_len {P}: expected ptune or deep_ptune, 1 or more")
-        if mode:
+        self.prompted = mode in ("ptune", "deep_ptune")
+        fits = (self.prompted and P > 0) or mode in (None, "lora")
+        _require(fits, f"tuning_mode {mode!r} of {P}: expected ptune or deep_ptune of 1 or more, or lora")
+        if self.prompted:
             self.prompt_embeddings = nn.Embedding(P, H, dtype=torch.float32)
         if mode == "deep_ptune":
             size = num_blocks(self.config) * H
@@ -2132,7 +2228,7 @@ class _Base(_Distributed):
             session._start_over_unless(len(hidden))
             past, begins = session.get_seq_length(), not session.position
         left_pad = _left_pad(attention_mask, position_ids, hidden, past)
-        if begins and self.config.tuning_mode:
+        if begins and self.prompted:
             (hidden, deep), P = self._prompted(hidden, left_pad), self.config.pre_seq_len
         hidden = self.word_embeddings_layernorm(hidden)
         if session is None:
@@ -2290,6 +2386,10 @@ class AutoDistributedModelForSequenceClassification(AutoDistributedModel):
 # ============================================================================================================
 
 
+BlockLora = dict[str, list[lora.Adapter]]  # LoRA for one block: our matrix -> what is added to its product
+Adapted = Sequence[tuple[slice, BlockLora]]
+
+
 class Block:
     """One transformer block of any family, driven by its spec. Executor thread.
 
@@ -2304,8 +2404,9 @@ class Block:
         slopes = positions.alibi_slopes(spec.heads, spec.alibi).to(self.device) if spec.alibi else None
         self.attention = {"scale": spec.head_dim**-0.5, "slopes": slopes, "window": spec.window}
 
-    def _linear(self, name: str, x: Tensor) -> Tensor:
-        return matmul.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
+    def _linear(self, name: str, x: Tensor, adapted: Adapted = ()) -> Tensor:
+        out = matmul.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
+        return lora.add(out, x, [(rows, each) for rows, its in adapted for each in its.get(name, ())])
 
     def _norm(self, name: str, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x + residual, and its norm."""
@@ -2329,27 +2430,28 @@ class Block:
         result = matmul.routed(inner, self.weights["experts_down.weight"], starts)[order.argsort()]
         return (result.unflatten(0, chosen.shape) * chances[..., None]).sum(1)
 
-    def _mlp(self, x: Tensor) -> Tensor:
+    def _mlp(self, x: Tensor, adapted: Adapted) -> Tensor:
         if self.spec.experts:
             return self._experts(x)
-        up = self._linear("up", x)
-        return self._linear("down", self._gated(up) if self.spec.gated else self.act(up))
+        up = self._linear("up", x, adapted)
+        return self._linear("down", self._gated(up) if self.spec.gated else self.act(up), adapted)
 
-    def __call__(self, x: Tensor, attend: Callable[[Block, Tensor], Tensor]) -> Tensor:
+    def __call__(self, x: Tensor, attend: Callable[[Block, Tensor], Tensor], adapted: Adapted = ()) -> Tensor:
         """[tokens, H] -> [tokens, H]. `attend(block, qkv)` turns [tokens, N + 2 * K, D] into [tokens, N, D]:
-        rotary embeddings, cache and attention."""
+        rotary embeddings, cache and attention. adapted: runs of tokens that have LoRA adapters, with
+        these."""
         N, K, D = self.spec.heads, self.spec.kv_heads, self.spec.head_dim
         _, normed = self._norm("norm1", x)
-        qkv = self._linear("qkv", normed).view(-1, N + 2 * K, D)
+        qkv = self._linear("qkv", normed, adapted).view(-1, N + 2 * K, D)
         if "q_norm.weight" in self.weights:
             q, k, v = qkv.split([N, K, K], dim=1)
             qkv = torch.cat([self._norm("q_norm", q)[1], self._norm("k_norm", k)[1], v], dim=1)
-        attended = self._linear("out", attend(self, qkv).reshape(-1, N * D))
+        attended = self._linear("out", attend(self, qkv).reshape(-1, N * D), adapted)
         if self.spec.parallel:
             other = self._norm("norm2", x)[1] if "norm2.weight" in self.weights else normed
-            return x + (self._mlp(other) + attended)
+            return x + (self._mlp(other, adapted) + attended)
         x, after = self._norm("norm2", attended, normed if self.spec.norm_residual else x)
-        return (after if self.spec.norm_residual else x) + self._mlp(after)
+        return (after if self.spec.norm_residual else x) + self._mlp(after, adapted)
 
 
 QUANT_TYPES = ("none", "int8", "int4")
@@ -2419,6 +2521,13 @@ def _read_codes(place: Path, kind: str, device) -> dict[str, Tensor | matmul.Wei
     return weights
 
 
+def _as_fused(spec: BlockSpec, qkv: Tensor) -> list[Tensor]:
+    """Parts of ours (all q, all k, all v) in a fused matrix's order: per key head its query heads, the key,
+    the value."""
+    heads = zip(*(part.chunk(spec.kv_heads) for part in qkv.split(spec.qkv_sizes)), strict=True)
+    return list(itertools.chain.from_iterable(heads))
+
+
 def _read_weights(
     checkpoint: Checkpoint, config: PretrainedConfig, index: int, dtype, device, kind: str
 ) -> dict[str, Tensor | matmul.Weight]:
@@ -2427,7 +2536,6 @@ def _read_weights(
     family, weights = family_of(config), {}
     spec, layer = family.spec(config, index), f"{family.layers}.{index}."
     stored = stored_names(checkpoint, config, index)
-    sizes = [heads * spec.head_dim for heads in (spec.heads, spec.kv_heads, spec.kv_heads)]  # rows of q, k, v
     for (ours, parts), end in itertools.product(family.names.items(), (".weight", ".bias")):
         experts = spec.experts if ours.startswith("experts") else 0
         theirs = [part.format(expert=i) for i, part in itertools.product(range(experts or 1), parts.split())]
@@ -2441,13 +2549,12 @@ def _read_weights(
         whole = torch.empty(sum(rows), *shapes[0][1:], dtype=dtype, device=device)
         places, sources = whole.split(rows), (checkpoint.read(stored[name]) for name in names)
         if ours == "qkv":
-            came, wanted = list(whole.shape), [sum(sizes), spec.hidden][: whole.dim()]
+            came, wanted = list(whole.shape), [sum(spec.qkv_sizes), spec.hidden][: whole.dim()]
             if came != wanted:
                 text = f"{checkpoint.name!r}, block {index}: q, k, v are {came}, the config says {wanted}"
                 raise UserError(text)
-            if spec.fused_qkv:  # per key head its query heads, the key, the value -> all q, all k, all v
-                heads = zip(*(part.chunk(spec.kv_heads) for part in whole.split(sizes)), strict=True)
-                places = list(itertools.chain.from_iterable(heads))
+            if spec.fused_qkv:
+                places = _as_fused(spec, whole)
                 sources = next(sources).split([len(place) for place in places])
         for place, source in zip(places, sources, strict=True):
             place.copy_(source)
@@ -2455,6 +2562,98 @@ def _read_weights(
         quantize = kind != "none" and ours + end in MATRICES
         weights[ours + end] = matmul.quantize(whole, kind) if quantize else whole
     return weights
+
+
+def lora_places(config: PretrainedConfig, block: Block) -> dict[str, lora.Place]:
+    """The matrices to which LoRA may add, by their names in a checkpoint's block."""
+    names, spec, places = family_of(config).names, block.spec, {}
+    for ours in filter(names.get, ADAPTABLE):
+        N, K = block.weights[ours + ".weight"].shape
+        theirs = names[ours].split()
+        sizes = spec.qkv_sizes if len(theirs) == 3 else [N // len(theirs)] * len(theirs)
+        fused = ours == "qkv" and spec.fused_qkv
+        order = torch.cat(_as_fused(spec, torch.arange(N))).argsort() if fused else None
+        for name, size, end in zip(theirs, sizes, itertools.accumulate(sizes), strict=True):
+            places[name] = lora.Place(ours, slice(end - size, end), K, order)
+    return places
+
+
+# of one block: a checkpoint's name, A [r, K], B [n, r], scale
+LoraParts = list[tuple[str, Tensor, Tensor, float]]
+
+
+def block_lora(places: dict[str, lora.Place], parts: LoraParts, **to: Any) -> BlockLora:
+    """LoRA's matrices where they belong in our blocks, moved `to` a device (and dtype). Differentiable."""
+    result: BlockLora = {}
+    for name, A, B, scale in parts:
+        adapter = lora.Adapter.at(places[name], A.to(**to), B.to(**to), scale)
+        result.setdefault(places[name].matrix, []).append(adapter)
+    return result
+
+
+def clients_lora(metadata: dict, matrices: list[Tensor], places: dict, most: int, blocks: range) -> dict:
+    """A client's own LoRA, block -> LoraParts, from A [some of the blocks, r, K] and B [these, n, r] of each
+    target. `most`: the highest rank. ValueError for anything else."""
+    names = metadata.get("lora_targets", ())
+    first, scale = metadata.get("lora_first", 0), metadata.get("lora_scale", 1.0)
+    fits = set(names) <= places.keys() and len(set(names)) == len(names)
+    expect(fits, f"lora_targets among {', '.join(places)}, each once", names)
+    shapes = [list(matrix.shape) for matrix in matrices]
+    count, rank, *_ = *(shapes or [[]])[0], 0, 0
+    expect(rank <= most, f"LoRA of at most rank {most} (this server's --max_lora_rank)", f"rank {rank}")
+    due = [[count, *shape] for name in names for shape in places[name].shapes(rank)]
+    fits = shapes == due and all(matrix.is_floating_point() for matrix in matrices)
+    expect(fits and first + count <= len(blocks), f"LoRA's matrices {due} of {len(blocks)} blocks", shapes)
+    halves = list(zip(names, matrices[::2], matrices[1::2], strict=True))
+    parts = [[(name, A[i].float(), B[i].float(), scale) for name, A, B in halves] for i in range(count)]
+    return dict(zip(blocks[first:], parts, strict=False))
+
+
+# What PEFT's adapter_config.json may say of these; anything else changes more than LoRA's two matrices do.
+_PLAIN_LORA = {"peft_type": ("LORA",), "bias": (None, "none")}
+_PLAIN_LORA |= {"init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal")}
+_NOT_LORA = "use_dora modules_to_save lora_bias layer_replication fan_in_fan_out use_qalora"
+_PLAIN_LORA |= dict.fromkeys(_NOT_LORA.split(), (None, False, [], {}))
+
+
+class AdapterCheckpoint:
+    """A LoRA adapter in PEFT's format: adapter_config.json and adapter_model.safetensors. UserError for what
+    is not supported."""
+
+    def __init__(self, name: str, config: PretrainedConfig, **hub: Any):
+        self.name, self.checkpoint = name, Checkpoint(name, "adapter_model.safetensors", **hub)
+        file = Path(self.checkpoint._fetch("adapter_config.json"))
+        with _failing_as(UserError, f"adapter_config.json of {name!r} is damaged", ValueError):
+            self.settings = said = json.loads(file.read_text())
+        fits = isinstance(said, dict) and _number(said.get("lora_alpha"))
+        _require(fits, f"adapter_config.json of {name!r}: expected a dict with lora_alpha, {said!r:.99} came")
+        more = [f"{key}={said[key]!r:.60}" for key, fit in _PLAIN_LORA.items() if said.get(key) not in fit]
+        _require(not more, f"adapter {name!r} has {', '.join(more)}: expected plain LoRA of the blocks alone")
+        self.found: dict[int, dict[str, dict[str, str]]] = {}  # block -> its matrix -> A or B -> tensor
+        layer = rf"(?:model\.|transformer\.)?{family_of(config).layers}\.(\d+)"
+        for tensor in self.checkpoint.files:
+            match = re.fullmatch(rf"(?:base_model\.model\.)?{layer}\.(.+)\.lora_([AB])\.weight", tensor)
+            _require(match, f"adapter {name!r} has {tensor}: expected LoRA of a {config.model_type}'s blocks")
+            self.found.setdefault(int(match[1]), {}).setdefault(match[2], {})[match[3]] = tensor
+
+    def load(self, index: int, places: dict[str, lora.Place], **to: Any) -> BlockLora:
+        """What it adds to one block."""
+        parts = []
+        for name, both in self.found.get(index, {}).items():
+            text = f"adapter {self.name!r}, block {index}, {name}: expected"
+            fits = name in places and both.keys() == {"A", "B"}
+            _require(fits, f"{text} both lora_A and lora_B of one of {', '.join(places)}")
+            A, B = (self.checkpoint.read(both[half]) for half in "AB")
+            shapes, wanted = [list(A.shape), list(B.shape)], places[name].shapes(len(A))
+            _require(shapes == wanted, f"{text} shapes {wanted}, {shapes} came")
+            parts.append((name, A, B, self._scale(both["A"], len(A))))
+        return block_lora(places, parts, **to)
+
+    def _scale(self, tensor: str, rank: int) -> float:
+        module, patterns = tensor.removesuffix(".lora_A.weight"), self.settings.get("alpha_pattern") or {}
+        alphas = [alpha for form, alpha in patterns.items() if re.match(rf"(.*\.)?({form})$", module)]
+        alpha = alphas[0] if alphas else self.settings["lora_alpha"]
+        return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 
 
 # ============================================================================================================
@@ -2590,6 +2789,8 @@ class Work:
     prompts: Tensor  # [blocks, B or 1, P, H], P may be 0
     grad: Tensor | None = None  # [B, T, H]: of the output, for a backward pass
     left_pad: Sequence[int] = ()  # of a forward or backward pass
+    lora: dict[int, BlockLora] = field(default_factory=dict)  # by block
+    own: dict[int, LoraParts] = field(default_factory=dict)  # the client's, float32, CPU; to be put there
     tables: RowTables | None = None
     start: int = 0  # of a step, as are these
     hypo_ids: Sequence[int] = ()
@@ -2621,6 +2822,8 @@ class Executor(threading.Thread):
         spec, keys = next(iter(blocks.values())).spec, next(iter(pool.k.values()))
         self.dtype, self.device = keys.dtype, keys.device
         self.rotary = positions.Rotary(config if spec.rotary else None, spec.head_dim, self.device)
+        self.places = lora_places(config, next(iter(blocks.values())))  # alike in all blocks of a model
+        self.adapters: dict[str, dict[int, BlockLora]] = {}  # name -> block -> what it adds
         self.passes = self.steps = 0  # for status and tests: passes, finished steps
         self._inbox: list[Work] = []
         self._news = threading.Condition()
@@ -2698,12 +2901,17 @@ class Executor(threading.Thread):
             part.finish()
 
     def _run_blocks(self, parts: list[_Part], indices: Iterable[int]) -> None:
-        """Some blocks for the tokens of all these parts at once."""
+        """Some blocks for the tokens of all these parts at once, those of one adapter side by side."""
+        parts = sorted(parts, key=lambda part: id(part.work.lora))
         tables, queries, lengths, finals = zip(*(row for part in parts for row in part.rows), strict=True)
         plan = attention.plan(tables, queries, lengths, PAGE, self.device)
         at = torch.cat([part.at for part in parts]).to(self.device)
         cos, sin = self.rotary(at, list(zip(queries, finals, strict=True)), self.dtype)
         x, sizes = torch.cat([part.x for part in parts]), [len(part.x) for part in parts]
+        runs: dict[int, tuple[slice, dict]] = {}  # of tokens with one adapter
+        for part, end in zip(parts, itertools.accumulate(sizes), strict=True):
+            its, begun = part.work.lora, slice(end - len(part.x), end)
+            runs[id(its)] = slice(runs.get(id(its), (begun,))[0].start, end), its
         for index in indices:
             pages = self.pool.k[index], self.pool.v[index]
             for part, tokens in zip(parts, x.split(sizes), strict=True):
@@ -2714,7 +2922,8 @@ class Executor(threading.Thread):
                 q = attention.rope_append(qkv, cos, sin, *pages, plan)
                 return attention.attend(q, *pages, plan, **block.attention)
 
-            x = self.blocks[index](x, attend)
+            adapted = [(run, its[index]) for run, its in runs.values() if index in its]
+            x = self.blocks[index](x, attend, adapted)
         for part, tokens in zip(parts, x.split(sizes), strict=True):
             part.x = tokens
 
@@ -2731,7 +2940,8 @@ class Executor(threading.Thread):
         return result is not None
 
     def without_cache(self, rows: int, tokens: int, left_pad: Sequence[int] = ()) -> Callable:
-        """A function (block index, [B, T, H]) -> [B, T, H] for a batch that is in no session."""
+        """A function (block index, [B, T, H], the block's LoRA) -> [B, T, H] for a batch that is in no
+        session."""
         pads = torch.tensor(left_pad or [0] * rows)
         at = (torch.arange(tokens) - pads[:, None]).clamp(min=0).flatten().to(self.device)
         cos, sin = self.rotary(at, [(tokens, tokens - pad) for pad in pads.tolist()], self.dtype)
@@ -2743,11 +2953,20 @@ class Executor(threading.Thread):
             q, k, v = (t.unflatten(0, (rows, tokens)) for t in (*qk.split([N, K], dim=1), v))
             return attention.fresh(q, k, v, left_pad, **block.attention)
 
-        return lambda index, x: self.blocks[index](x.reshape(rows * tokens, -1), attend).view(x.shape)
+        def run(index: int, x: Tensor, its: BlockLora | None = None) -> Tensor:
+            adapted = [(slice(None), its)] if its else ()
+            return self.blocks[index](x.reshape(rows * tokens, -1), attend, adapted).view(x.shape)
+
+        return run
+
+    def _lora_of(self, work: Work, index: int) -> BlockLora | None:
+        own = work.own.get(index)
+        return block_lora(self.places, own, device=self.device) if own else work.lora.get(index)
 
     def _pass_through(self, work: Work) -> Iterator[list[Tensor] | None]:
         """A forward pass without cache, a backward pass if the work has a gradient. Yields None after every
-        block, then [output], or [gradient of the input] and, with prompts, theirs [blocks, B, P, H]."""
+        block, then [output], or [gradient of the input] and, with prompts, theirs [blocks, B, P, H], with the
+        client's own LoRA those of its matrices [blocks, …], float32."""
         x, inputs = work.hidden.to(self.device, self.dtype), []
         prompts, length = work.prompts.to(x), work.prompts.shape[2]
         run = self.without_cache(*x.shape[:2], work.left_pad)
@@ -2756,20 +2975,23 @@ class Executor(threading.Thread):
                 x = torch.cat([x[:, :length] + given, x[:, length:]], dim=1)
             if work.grad is not None:
                 inputs.append(x)
-            x = run(index, x)
+            x = run(index, x, self._lora_of(work, index))
             yield
         if work.grad is None:
             yield [x.to("cpu")]
             return
-        grad, prompt_grads = work.grad.to(x), []
+        grad, prompt_grads, own_grads = work.grad.to(x), [], []
         for index in reversed(work.blocks):
+            own = [matrix.requires_grad_() for _, *both, _ in work.own.get(index, ()) for matrix in both]
             with torch.enable_grad():
                 leaf = inputs.pop().detach().requires_grad_()
-                output = run(index, leaf)
-            (grad,) = torch.autograd.grad(output, leaf, grad)
+                output = run(index, leaf, self._lora_of(work, index))
+            grad, *its = torch.autograd.grad(output, [leaf, *own], grad)
             prompt_grads.insert(0, grad[:, :length])
+            own_grads.insert(0, its)
             yield
-        yield [grad.to("cpu"), torch.stack(prompt_grads).to("cpu")][: 1 + bool(length)]
+        tuned = [prompt_grads] * bool(length) + list(zip(*own_grads, strict=True))
+        yield [each.to("cpu") for each in (grad, *map(torch.stack, map(list, tuned)))]
 
 
 class _Part:
@@ -2782,6 +3004,9 @@ class _Part:
             work.tables.truncate(work.start)
             if work.hypo_ids:
                 work.tables.reorder(work.hypo_ids)
+            to = {"dtype": executor.dtype, "device": executor.device}
+            for index, own in work.own.items():
+                work.lora[index] = block_lora(executor.places, own, **to)
         self.work, self.tokens = work, slice(work.done, work.done + portion)
         low, pads = work.start + work.done, work.tables.pads
         own = torch.arange(low, low + portion) - torch.tensor(pads)[:, None]  # a row's own positions
@@ -2816,6 +3041,7 @@ class _Part:
 MAX_PUSHES, MAX_PUSH_BYTES = 64, 2**28  # held until their turn: per session, in all sessions together
 MAX_SEEN = 1024  # step ids that a session remembers
 MAX_REQUEST_TOKENS = 2**16  # of a forward or backward request
+MAX_LORA_BYTES = 2**30  # of clients' own LoRA, in all sessions together
 REQUEST_TIMEOUT = 3 * 60.0  # seconds in which a streamed request must be here, as in Petals
 
 Requests, Responses = AsyncIterator[ExpertRequest], AsyncIterator[ExpertResponse]
@@ -2825,7 +3051,10 @@ _METADATA_CHECKS = (  # what a request may say, and what it must be; all of it m
     ("max_length start_from_position", _count, "a count of tokens"),
     ("output_compression next_servers", _listed, "a list"),
     ("left_pad", lambda value: _listed(value) and all(map(_count, value)), "a list of counts"),
-    ("active_adapter", lambda value: not value, "None, for this server has no adapters"),
+    ("active_adapter", _text, "a name"),
+    ("lora_targets", _texts, "a list of names"),
+    ("lora_scale", _number, "a number, 0 or more"),
+    ("lora_first", _count, "a block's place in the request's"),
 )
 
 
@@ -2856,6 +3085,8 @@ class ServerSession:
         self.tables: RowTables | None = None  # once there is room for it
         # per step
         self.position = 0
+        self.lora: dict[int, BlockLora] = {}  # by block
+        self.lora_bytes = 0  # of the client's own
         self.push_from: str | None = metadata.get("push_from")  # "": nobody; None: the client names none
         self.seen: deque[str] = deque(maxlen=MAX_SEEN)  # ids of the steps that were run
         self.pushes: dict[int, tuple[ExpertRequest, dict]] = {}  # by the position at which their turn comes
@@ -2926,10 +3157,21 @@ class TransformerConnectionHandler(ServicerBase):
         expect(self.uids[at : at + len(names)] == names, served, uid)
         return self.server.span[at : at + len(names)]
 
+    def _adapter(self, metadata: dict) -> dict[int, BlockLora]:
+        """The adapter that a request names, by block; empty where it names none."""
+        name, known = metadata.get("active_adapter"), self.executor.adapters
+        expect(not name or name in known, f"active_adapter, of {', '.join(known) or 'none here'}", name)
+        return known[name] if name else {}
+
     async def _inputs(self, request: ExpertRequest, metadata: dict, blocks: range, states: int = 1) -> tuple:
         """A request's tensors: as many as `states` says of hidden states and their gradient [B, T, H]; deep
-        prompts [blocks, 1 or B, P, H], P = 0 where there are none; hypo_ids, not yet checked."""
+        prompts [blocks, 1 or B, P, H], P = 0 where there are none; hypo_ids, not yet checked; the client's
+        own LoRA by block."""
         tensors = await _off_loop(_size(request), unpack_request, request, metadata)
+        first = len(tensors) - 2 * len(metadata.get("lora_targets", ()))
+        most = self.server.max_lora_rank
+        own = clients_lora(metadata, tensors[first:], self.executor.places, most, blocks)
+        tensors = tensors[:first]
         expect(len(tensors) >= states, f"{states} tensors or more, hidden states first", len(tensors))
         hidden, size = tensors[0], self.executor.hidden_size
         for tensor in tensors[:states]:
@@ -2946,7 +3188,7 @@ class TransformerConnectionHandler(ServicerBase):
         expect(fits, wanted, (list(prompts.shape), prompts.dtype))
         pads = metadata.get("left_pad", ())
         expect(len(pads) in (0, rows), f"left_pad of {rows} rows", pads)
-        return *tensors[:states], prompts, hypo_ids
+        return *tensors[:states], prompts, hypo_ids, own
 
     @staticmethod
     async def _response(outputs: Sequence[Tensor], metadata: dict) -> ExpertResponse:
@@ -2960,7 +3202,8 @@ class TransformerConnectionHandler(ServicerBase):
     # ---- RPCs: information, forward and backward
 
     async def rpc_info(self, request: ExpertUID, context: P2PContext) -> ExpertInfo:
-        info: dict[str, Any] = {"version": __version__, "dht_client_mode": False, "features": [*FEATURES]}
+        info: dict[str, Any] = {"version": __version__, "dht_client_mode": False}
+        info["features"] = list(self.server.info.features)
         info["cache_tokens_available"] = self.pool.tokens_left * len(self.server.span)
         info |= {"executor_passes": self.executor.passes, "executor_steps": self.executor.steps}
         if request.uid:
@@ -2977,12 +3220,14 @@ class TransformerConnectionHandler(ServicerBase):
         of the inputs."""
         backward = "rpc_backward" in context.handle_name
         blocks, metadata = self._blocks(request.uid), checked_metadata(request)
-        hidden, *grad, prompts, _ = await self._inputs(request, metadata, blocks, 1 + backward)
+        hidden, *grad, prompts, _, own = await self._inputs(request, metadata, blocks, 1 + backward)
         tokens = hidden.shape[:2].numel()
         expect(1 <= tokens <= MAX_REQUEST_TOKENS, f"1 to {MAX_REQUEST_TOKENS} tokens", tokens)
         most = self.server.max_length  # attention's cost grows with the square
         expect(hidden.shape[1] <= most, f"rows of {most} tokens or fewer", hidden.shape[1])
-        work = Work(blocks, hidden, prompts, *grad, left_pad=metadata.get("left_pad", ()))
+        expect(len(own) in (0, len(blocks)), f"LoRA for all of {blocks} or none", list(own))
+        what = {"left_pad": metadata.get("left_pad", ()), "lora": self._adapter(metadata)}
+        work = Work(blocks, hidden, prompts, *grad, own=own, **what)
         return await self._response(await self.executor.submit(work), metadata)
 
     async def rpc_forward_stream(self, requests: Requests, context: P2PContext) -> Responses:
@@ -3017,6 +3262,7 @@ class TransformerConnectionHandler(ServicerBase):
         expect(1 <= length <= most, f"max_length, of 1 to {most} tokens", length)
         hidden, *_ = await self._inputs(request, metadata, blocks)
         session = ServerSession(requests, blocks, len(hidden), metadata)
+        session.lora = self._adapter(metadata)
         expect(session.id not in self.sessions, "a session_id of its own", session.id)
         self.sessions[session.id] = session
         # a client that reads no answers holds us up where no other limit looks
@@ -3051,7 +3297,7 @@ class TransformerConnectionHandler(ServicerBase):
         rows, blocks, room = session.rows, session.blocks, session.max_length
         same = not request.uid or self._blocks(request.uid) == blocks
         expect(same, f"a step for the session's {blocks}", request.uid)
-        hidden, prompts, hypo_ids = await self._inputs(request, metadata, blocks)
+        hidden, prompts, hypo_ids, own = await self._inputs(request, metadata, blocks)
         expect(len(hidden) == rows, f"hidden states of the session's {rows} rows", len(hidden))
         order = hypo_ids.tolist() if hypo_ids.numel() else []
         fits = not order or (len(order) == rows and all(_count(i) and i < rows for i in order))
@@ -3060,7 +3306,14 @@ class TransformerConnectionHandler(ServicerBase):
         expect(start <= session.position, f"start_from_position up to {session.position}", start)
         end = start + hidden.shape[1]
         expect(end <= room, f"at most {room} tokens (max_length)", f"{start} + {hidden.shape[1]}")
-        work = Work(blocks, hidden, prompts, tables=session.tables, start=start, hypo_ids=order)
+        if own:
+            session.lora = dict(session.lora)  # it may have been an adapter that others use too
+            session.lora_bytes += sum(A.nbytes + B.nbytes for parts in own.values() for _, A, B, _ in parts)
+            held = sum(each.lora_bytes for each in self.sessions.values())
+            if held > MAX_LORA_BYTES:
+                raise AllocationFailed(f"no room for LoRA: {held} bytes of {MAX_LORA_BYTES} in all sessions")
+        what = {"tables": session.tables, "lora": session.lora, "own": own}
+        work = Work(blocks, hidden, prompts, start=start, hypo_ids=order, **what)
         session.busy = self.executor.submit(work)
         output = await asyncio.shield(session.busy)
         session.position = end
@@ -3135,6 +3388,8 @@ class Server:
     throughput: float | str = "auto"  # tokens/s to announce; "auto": measured
     update_period: float = 120.0  # seconds between announcements
     public_name: str | None = None
+    adapters: Sequence[str] = ()  # directories or repositories in PEFT's format
+    max_lora_rank: int = 64  # of clients' own LoRA; 0: refused
     hub: dict[str, Any] = field(default_factory=dict)  # token, revision, cache_dir
 
     def __post_init__(self):
@@ -3149,6 +3404,8 @@ class Server:
         if self.quant_type not in QUANT_TYPES:
             raise UserError(f"quant_type {self.quant_type!r}: expected {', '.join(QUANT_TYPES)}{NO_NF4}")
         self.checkpoint = Checkpoint(self.model, **self.hub)
+        hub = self.hub | {"revision": None}  # that is the model's
+        self._adapters = [AdapterCheckpoint(name, self.config, **hub) for name in map(str, self.adapters)]
         best_device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(best_device if self.device == "auto" else self.device)
         # a CPU without AVX-512 is slower in 16 bits than in 32 (KERNELS.md, CPU)
@@ -3193,7 +3450,8 @@ class Server:
             self.info = info = ServerInfo(JOINING, 0.0, first, last, self.public_name, __version__)
             info.torch_dtype = "float16" if self.kind == "float16" else str(self.dtype).removeprefix("torch.")
             info.quant_type = self.quant_type
-            info.using_relay, info.max_length, info.features = False, self.max_length, FEATURES
+            info.using_relay, info.max_length, info.max_lora_rank = False, self.max_length, self.max_lora_rank
+            info.features = [name for name in FEATURES if name != "lora" or self.max_lora_rank]
             info.cache_tokens = self.attn_cache_tokens
             wire().call(self._announce())
             blocks = {}
@@ -3205,6 +3463,10 @@ class Server:
             specs = {index: block.spec for index, block in blocks.items()}
             self.pool = PagePool(specs, self.attn_cache_tokens, self.dtype, self.device)
             self.executor = Executor(blocks, self.config, self.pool)
+            places, to = self.executor.places, {"dtype": self.dtype, "device": self.device}
+            for its in self._adapters:
+                self.executor.adapters[its.name] = {i: its.load(i, places, **to) for i in blocks}
+            info.adapters = tuple(self.executor.adapters)
             info.throughput = self._measure() if self.throughput == "auto" else float(self.throughput)
             self.executor.start()
             self.handler = TransformerConnectionHandler(self)
@@ -3325,6 +3587,7 @@ _COUNTS = "--num_blocks --attn_cache_tokens --inference_max_length --max_new_tok
 _SWITCHES = "--new_swarm --greedy --json"
 _TYPES = (  # flags; what is expected of their text, what converts it, what then holds. Others take any text.
     (_COUNTS, "a whole number, 1 or more", int, lambda count: count >= 1),
+    ("--max_lora_rank", "a whole number, 0 or more", int, lambda rank: rank >= 0),
     ("--seed", "a whole number", int, lambda seed: -(2**63) <= seed < 2**64),
     ("--port", "a port, 0 to 65535", int, lambda port: 0 <= port < 2**16),
     ("--temperature --update_period", "a number greater than 0", float, lambda x: 0 < x < math.inf),
@@ -3411,6 +3674,8 @@ def run_serve(model: str, new_swarm: bool = False, initial_peers: Sequence[str] 
     --inference_max_length         the longest session, in tokens
     --throughput, --update_period  tokens/s to announce (auto: measured), and every how many seconds
     --public_name                  a name to show to others
+    --adapters                     LoRA adapters for clients to choose from: directories or hub repositories
+    --max_lora_rank                of clients' own LoRA; 0: refused
     --host_maddrs, --port          addresses to listen on; or one TCP port of all interfaces
     --announce_maddrs, --public_ip addresses to tell others; or the one under which they reach --port
     --identity_path                file of the peer's key, made if missing: keeps the peer id"""
@@ -3479,8 +3744,9 @@ def _answer(model: Any, tokenizer: Any, ids: Tensor, **options: Any) -> list[int
 def run_generate(model: str, prompt: str | None = None, **options: Any) -> None:
     """continue a text
 
-    The text is --prompt, the model and its swarm as for `serve`. By at most --max_new_tokens, sampled with
-    --temperature, from --top_p of the odds and with a --seed; or --greedy: always the likeliest token."""
+    The text is --prompt, the model and its swarm as for `serve`; --active_adapter: a LoRA that servers have.
+    By at most --max_new_tokens, sampled with --temperature, from --top_p of the odds and with a --seed; or
+    --greedy: always the likeliest token."""
     if prompt is None:
         raise UserError("give --prompt, the text to continue")
     client, tokenizer = _load_client(model, **options)
@@ -3559,17 +3825,18 @@ def _parser() -> argparse.ArgumentParser:
     for flags, expected, *check in _TYPES:
         several = {"nargs": "+", "metavar": "MULTIADDR"} if "multiaddr" in expected else {}
         kinds |= dict.fromkeys(flags.split(), {"type": _type(expected, *check), "help": expected} | several)
+    kinds["--adapters"] = {"nargs": "+", "metavar": "PATH_OR_REPO"}
     parser = _Parser(prog="petals-min", description="Run large language models BitTorrent-style.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     plain = {"formatter_class": argparse.RawTextHelpFormatter, "argument_default": argparse.SUPPRESS}
     model = "model --dht_prefix --token --revision --cache_dir --initial_peers"
     network = "--host_maddrs --announce_maddrs --port --public_ip --identity_path"
-    server = "--new_swarm --block_indices --num_blocks --device --torch_dtype --quant_type"
-    record = "--attn_cache_tokens --inference_max_length --throughput --update_period --public_name"
-    talk = f"{model} --max_new_tokens --temperature --top_p --seed --greedy"
+    server = "--new_swarm --block_indices --num_blocks --device --torch_dtype --quant_type --adapters"
+    record = "--attn_cache_tokens --inference_max_length --throughput --update_period --max_lora_rank"
+    talk = f"{model} --active_adapter --max_new_tokens --temperature --top_p --seed --greedy"
     for function, flags in (
-        (run_serve, f"{model} {server} {record} {network}"),
+        (run_serve, f"{model} {server} {record} --public_name {network}"),
         (run_dht, f"--initial_peers {network}"),
         (run_generate, f"{talk} --prompt"),
         (run_chat, f"{talk} --max_length"),

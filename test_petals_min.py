@@ -72,12 +72,13 @@ from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse
 from hivemind.utils.asyncio import as_aiter
 from hivemind.utils.serializer import MSGPackSerializer
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import petals_min as pm
-from kernels import attention, matmul, norm, pages, rotary
+from kernels import attention, lora, matmul, norm, pages, rotary
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 90.0  # seconds until something that should happen at once counts as hung
@@ -1448,6 +1449,34 @@ def prompting(blocks, prompts: torch.Tensor | None, pads=()):
         yield
 
 
+def make_own(model, seed: int = 0) -> dict[str, nn.Parameter]:
+    """The parameters of a client's own LoRA, no longer zeros, by their last two names."""
+    random = torch.Generator().manual_seed(seed)
+    own = {".".join(name.split(".")[-2:]): p for name, p in model.named_parameters() if "lora_" in name}
+    for parameter in own.values():
+        parameter.data.normal_(0, 0.15, generator=random)
+    return own
+
+
+@contextlib.contextmanager
+def adapting(reference, own: dict[str, torch.Tensor], scale: float):
+    """Within it transformers' blocks have these matrices beside theirs: [blocks, r, K], [blocks, N, r]."""
+    with contextlib.ExitStack() as hooks:
+        for index, block in enumerate(blocks_of(reference)):
+            for name, module in block.named_modules():
+                if f"lora_A.{name.split('.')[-1]}" in own:
+                    A, B = (own[f"lora_{half}.{name.split('.')[-1]}"] for half in "AB")
+
+                    def add(module, args, output, A=A, B=B, index=index):
+                        return output + scale * args[0] @ A[index].T @ B[index].T
+
+                    hooks.callback(module.register_forward_hook(add).remove)
+        yield
+
+
+OWN = {"tuning_mode": "lora", "lora_rank": 3, "lora_alpha": 6}
+
+
 def through(base, hidden: torch.Tensor, prompts=None, pads=()) -> torch.Tensor:
     """[B, T, H] through a base model's blocks, prompts [blocks, B or 1, P, H] added on the way: over the
     swarm if its blocks are remote, else by transformers, each padded row alone; zeros at padding."""
@@ -1507,6 +1536,31 @@ def test_gradients_are_those_of_local_autograd(swarm, deep, pads, monkeypatch):
     assert kinds.count("rpc_forward") == kinds.count("rpc_backward") >= 3 * len(swarm.servers)
 
 
+def test_the_users_own_lora(swarm, monkeypatch):
+    """Its gradients are those of local autograd, its text that of transformers with the same matrices; on the
+    servers that serve everybody else."""
+    monkeypatch.setattr(pm, "MAX_BATCH_TOKENS", 18)  # parts of at most two rows
+    monkeypatch.setattr(pm, "STREAM_BYTES", 10_000)  # most requests are larger and go by stream
+    names, ids = pm.FAMILIES[swarm.reference.config.model_type].names, some_ids(2, 9)
+    targets = [name.split(".")[-1] for ours in pm.ADAPTABLE for name in names.get(ours, "").split()]
+    model = swarm.load(**OWN, lora_targets=targets)
+    own = make_own(model)
+    assert own.keys() == {f"lora_{half}.{name}" for half in "AB" for name in targets}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if "lora_" in name
+    }
+    actual = gradients(model.transformer, pads=(2, 0, 2, 1, 0))
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in own.items()}
+    with adapting(swarm.reference, leaves, 2.0):
+        expected = gradients(swarm.reference.base_model, pads=(2, 0, 2, 1, 0))
+        texts = greedy(swarm.reference, ids, new=8)
+    for found, those in ((actual, own), (expected, leaves)):
+        found |= {name: p.grad for name, p in those.items()}
+    same_gradients(actual, expected)
+    assert {p.grad.dtype for p in own.values()} == {torch.float32}
+    assert greedy(model, ids, new=8) == texts != greedy(swarm.model, ids, new=8)
+
+
 def test_a_batch_goes_in_parts_that_keep_every_server_busy(llama, monkeypatch):
     """While one part is at the second server the next is at the first. A part is not cut below what a server
     computes at its full rate, nor left above what it should take at once."""
@@ -1524,15 +1578,16 @@ def test_a_batch_goes_in_parts_that_keep_every_server_busy(llama, monkeypatch):
 def test_a_server_killed_between_forward_and_backward(
     crowd, server_of, initial_peers, folder, deep, monkeypatch
 ):
-    """Its part of the forward pass is computed again by two others, the rest is not; the step is not lost."""
+    """Its part of the forward pass is computed again by two others, the rest is not; the step is not lost.
+    The client has deep prompts and a LoRA of its own."""
     options = {"dht_prefix": f"killed-{deep[:3]}-hf", "initial_peers": initial_peers}
     server_of(crowd.path, 0, 2, **options)
     flags = ["--dht_prefix", options["dht_prefix"], "--initial_peers", *initial_peers]
     with Process(folder, "serve", crowd.path, "--block_indices", "2:5", *flags, *SERVE) as process:
         process.hello()
         kind = pm.AutoDistributedModelForCausalLM
-        model = kind.from_pretrained(crowd.path, update_period=0.5, min_backoff=0.1, **options)
-        requests = spy(monkeypatch, pm, "_request")
+        model = kind.from_pretrained(crowd.path, update_period=0.5, min_backoff=0.1, **options, **OWN)
+        requests, own = spy(monkeypatch, pm, "_request"), make_own(model)
 
         def kill() -> None:
             assert process.end(signal.SIGKILL)[0] == -signal.SIGKILL
@@ -1541,7 +1596,12 @@ def test_a_server_killed_between_forward_and_backward(
             requests.clear()
 
         actual = gradients(model.transformer, deep, between=kill)
-    same_gradients(actual, gradients(crowd.reference.base_model, deep))
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in own.items()}
+    with adapting(crowd.reference, leaves, 2.0):
+        expected = gradients(crowd.reference.base_model, deep)
+    for found, those in ((actual, own), (expected, leaves)):
+        found |= {name: p.grad for name, p in those.items()}
+    same_gradients(actual, expected)
     again = {(call.args[1].start, call.args[1].end) for call in requests if call.args[2] == "rpc_forward"}
     assert again - {(2, 5)} == {(2, 4), (4, 5)}  # it may try the dead one while it knows no other
 
@@ -1680,9 +1740,44 @@ def test_prompts_stay_in_float32_and_a_plain_loop_trains_them(llama, tmp_path):
     again = llama.load(tmp_path)
     assert again.transformer.prompt_embeddings.weight.dtype == torch.float32
     assert torch.equal(again(ids).logits, model(ids).logits)
-    for bad in ({"tuning_mode": "lora"}, {"tuning_mode": "ptune"}):
+    for bad in ({"tuning_mode": "prefix"}, {"tuning_mode": "ptune"}):
         with pytest.raises(ValueError, match="expected ptune"):
             llama.load(**bad)
+
+
+def test_a_plain_loop_trains_the_users_own_lora(llama, tmp_path):
+    """What was trained is saved alone, in float32, and loaded beside the rest of the model."""
+    model, ids = llama.load(dtype="bfloat16", **OWN, lora_targets=["q_proj", "mlp.down_proj"]), some_ids(4, 9)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {tuple(p.shape) for p in trained.values()} == {(5, 3, 48), (5, 72, 3), (5, 3, 80), (5, 48, 3)}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    plain = llama.load(dtype="bfloat16")
+    assert torch.equal(model(ids).logits, plain(ids).logits)  # B is zero: it changes nothing yet
+    assert all(p.any() == ("lora_A" in name) for name, p in trained.items())
+    optimizer, losses = torch.optim.Adam(trained.values(), lr=0.02), []
+    for _ in range(8):
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert set(file.keys()) == set(trained)
+    again, other = llama.load(tmp_path), copy.deepcopy(model)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    make_own(other)  # a copy's matrices are its own
+    assert torch.equal(again(ids).logits, model(ids).logits) and not torch.equal(
+        other(ids).logits, again(ids).logits
+    )
+    with torch.no_grad():  # a slice has its blocks' part
+        hidden, layers = torch.randn(1, 4, 48), model.transformer.h
+        close(layers[3:](layers[:3](hidden)), layers(hidden))
+    for bad, message in (({"lora_targets": ["q_proj", "wq"]}, "wq.*expected some of.*self_attn.v_proj"),
+                         ({"lora_rank": 0}, "rank 0"), ({"active_adapter": "a"}, "choose one")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            llama.load(**OWN | bad)
 
 
 def test_a_layer_of_ones_own_between_remote_blocks_trains(llama):
@@ -2579,6 +2674,20 @@ def test_what_a_stranger_sends_is_checked(recorded_servers):
     assert "consecutive" in refused(8, ask(f"{PREFIX}.1 {PREFIX}.0", [good, *absent], terms))
     assert "msgpack" in refused(9, ExpertRequest(uid=uid, tensors=[pm.pack(good)], metadata=b"\xc1"))
     assert "alloc_timeout" in refused(10, ask(uid, [good, *absent], terms | {"alloc_timeout": float("nan")}))
+    A, B = torch.randn(2, 3, 32), torch.randn(2, 32, 3)
+    named = terms | {"lora_targets": ["self_attn.q_proj"], "lora_scale": 1.0}
+    for number, (matrices, more, message) in enumerate([
+        ([A, B], {"lora_targets": ["lm_head"]}, "lora_targets among self_attn.q_proj, "),
+        ([A, B] * 2, {"lora_targets": ["self_attn.q_proj"] * 2}, "each once"),
+        ([A, B], {"lora_targets": "self_attn.q_proj"}, "lora_targets"),
+        ([A, B], {"lora_scale": float("nan")}, "lora_scale"),
+        ([A, B], {"lora_first": 1}, "of 2 blocks"),
+        ([A, B.mT], {}, "LoRA's matrices"),
+        ([A, B.long()], {}, "LoRA's matrices"),
+        ([A], {}, "LoRA|tensors"),
+        ([torch.randn(2, 65, 32), torch.randn(2, 32, 65)], {}, "at most rank 64.*rank 65"),
+    ]):  # fmt: skip
+        assert re.search(message, refused(20 + number, ask(uid, [good, *absent, *matrices], named | more)))
     huge = runtime_pb2.Tensor(buffer=b"", size=[2**30, 2**20, 32], dtype="float32")
     assert "bytes" in refused(
         11, ExpertRequest(uid=uid, tensors=[huge], metadata=ask(uid, [], terms).metadata)
@@ -2779,6 +2888,246 @@ def test_what_a_server_says_of_itself_is_what_petals_servers_say(crowd):
     assert all(isinstance(extra[key], (kind, type(None))) for key, kind in petals.items()), extra
     assert (extra["start_block"], extra["end_block"], extra["torch_dtype"]) == (0, 2, "float32")
     assert found["_petals.models"][first.prefix].value == {"num_blocks": LAYERS, "repository": None}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# LoRA that servers have
+# ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def merged(reference, changes: dict) -> transformers.PreTrainedModel:
+    """A copy of a model with scale * B @ A added to some of its matrices: name -> (A, B, scale)."""
+    model = copy.deepcopy(reference)
+    for name, (A, B, scale) in changes.items():
+        model.get_submodule(name).weight += scale * (B @ A)
+    return model
+
+
+@torch.no_grad()
+def make_adapter(
+    reference, path: Path, only: str = "", rank: int = 3, **settings
+) -> transformers.PreTrainedModel:
+    """Writes an adapter as PEFT does, of all linear layers of the blocks (or those that match `only`).
+    Returns transformers' model with it merged into the weights."""
+    random, changes, tensors = torch.Generator().manual_seed(zlib.crc32(path.name.encode())), {}, {}
+    settings = {"peft_type": "LORA", "bias": "none", "r": rank, "lora_alpha": 6, **settings}
+    for name, module in reference.named_modules():
+        if isinstance(module, nn.Linear) and re.search(rf"(layers|h)\.\d+\..*{only}", name):
+            A = 0.15 * torch.randn(rank, module.in_features, generator=random)
+            B = 0.15 * torch.randn(module.out_features, rank, generator=random)
+            alpha = next((a for key, a in settings.get("alpha_pattern", {}).items() if name.endswith(key)), 6)
+            changes[name] = A, B, alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+            tensors |= {
+                f"base_model.model.{name}.lora_A.weight": A,
+                f"base_model.model.{name}.lora_B.weight": B,
+            }
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(tensors, path / "adapter_model.safetensors")
+    return merged(reference, changes)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "mixtral"])
+def test_a_hosted_adapter_is_the_model_with_it_merged(family, server_of, initial_peers, tmp_path):
+    """In one pass, in a session and backwards; who names none is served by the same servers without it."""
+    reference, ids = make_model(family), some_ids(2, 9)
+    path, adapter = save(reference, tmp_path / f"hosts-{family}"), tmp_path / "adapter"
+    more = (
+        {"use_rslora": True} if family == "bloom" else {"alpha_pattern": {"up_proj": 2, "dense_h_to_4h": 2}}
+    )
+    expected = make_adapter(reference, adapter, r"(self_attn|self_attention|mlp)\.(?!gate$)", **more)
+    options = {"dht_prefix": f"hosts-{family}", "adapters": [adapter]}
+    servers = [server_of(path, *span, **options) for span in ((0, 2), (2, LAYERS))]
+    assert [server.info.adapters for server in servers] == [(str(adapter),)] * 2
+    kind = functools.partial(
+        pm.AutoDistributedModelForCausalLM.from_pretrained, path, dht_prefix=f"hosts-{family}"
+    )
+    for adapted, plain in ((kind(initial_peers=initial_peers, active_adapter=str(adapter)), expected),
+                           (kind(initial_peers=initial_peers), reference)):  # fmt: skip
+        with torch.no_grad():
+            close(adapted(ids).logits, plain(ids).logits)
+        assert greedy(adapted, ids, new=8) == greedy(plain, ids, new=8)
+        same_gradients(gradients(adapted.transformer), gradients(plain.base_model))
+    with torch.no_grad():
+        assert relative(expected(ids).logits, reference(ids).logits) > 0.02
+
+
+def test_clients_of_different_adapters_share_a_pass(server_of, initial_peers, folder, tmp_path, monkeypatch):
+    """Two of one adapter, one of another, one of none: each gets its own model's text."""
+    reference, turn = make_model("llama"), pm.Executor._turn
+    path = save(reference, tmp_path / "mixed")
+    models = [make_adapter(reference, tmp_path / name) for name in ("one", "other")]
+    server = server_of(path, 0, LAYERS, dht_prefix="mixed", adapters=[tmp_path / "one", tmp_path / "other"])
+    wanted = [(str(tmp_path / "one"), models[0]), (None, reference), (str(tmp_path / "other"), models[1])]
+    wanted.append(wanted[0])
+    # a turn waits until all four have a step
+    monkeypatch.setattr(
+        pm.Executor, "_turn", lambda self, steps: turn(self, steps) if len(steps) == 4 else steps
+    )
+    options = {"initial_peers": initial_peers, "dht_prefix": "mixed"}
+    load = functools.partial(pm.AutoDistributedModelForCausalLM.from_pretrained, path, **options)
+    clients, found = [load(active_adapter=name) for name, _ in wanted], {}
+    passes = server.executor.passes
+    texts = [some_ids(1 + number % 2, 5 + number, seed=number) for number in range(4)]
+    threads = [
+        threading.Thread(target=lambda n=n: found.update({n: greedy(clients[n], texts[n], new=8)}))
+        for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert found == {n: greedy(model, texts[n], new=8) for n, (_, model) in enumerate(wanted)}
+    assert server.executor.passes - passes == 8
+
+
+def test_routes_keep_to_servers_that_have_the_adapter(server_of, initial_peers, tmp_path, monkeypatch):
+    reference, ids = make_model("llama"), some_ids(1, 6)
+    path, name = save(reference, tmp_path / "some-hf"), str(tmp_path / "cats")
+    expected = make_adapter(reference, tmp_path / "cats")
+    server_of(path, 0, LAYERS, dht_prefix="some-hf", throughput=1e6)
+    one = server_of(path, 0, LAYERS, dht_prefix="some-hf", adapters=[name]).swarm.peer_id
+    options = {"initial_peers": initial_peers, "dht_prefix": "some-hf"}
+    load = functools.partial(pm.AutoDistributedModelForCausalLM.from_pretrained, path, **options)
+    model, requests = load(active_adapter=name), spy(monkeypatch, pm, "_request")
+    with torch.no_grad():
+        close(model(ids).logits, expected(ids).logits)
+    with model.inference_session(max_length=16) as session:
+        assert greedy(model, ids, new=6) == greedy(expected, ids, new=6)
+        spans = [*session.route, *(call.args[1] for call in requests)]
+    assert {span.peer for span in spans} == {one}
+    with pytest.raises(pm.MissingBlocksError, match=rf"with adapter 'dogs'; there are {re.escape(name)}"):
+        load(active_adapter="dogs", max_retries=0)(ids)
+    # a client that asks all the same is told what there is
+    monkeypatch.setattr(pm.Router, "_allowed", lambda self, span: span.peer == one)
+    for use in (lambda model: model(ids), lambda model: greedy(model, ids, new=1)):
+        with pytest.raises(pm.PeerError, match=rf"active_adapter, of {re.escape(name)}; 'dogs' came"):
+            use(load(active_adapter="dogs", max_retries=0))
+
+
+def test_clients_with_lora_of_their_own_share_a_pass(crowd, initial_peers, monkeypatch):
+    turn, texts = pm.Executor._turn, [some_ids(1 + number, 5 + number, seed=number) for number in range(3)]
+    load = functools.partial(pm.AutoDistributedModelForCausalLM.from_pretrained, crowd.path)
+    clients = [load(initial_peers=initial_peers, **OWN) for _ in range(2)] + [crowd.model]
+    expected, found = [], {}
+    for number, client in enumerate(clients):
+        with adapting(crowd.reference, make_own(client, seed=number), 2.0):
+            expected.append(greedy(crowd.reference, texts[number], new=8))
+    # a turn waits until all three have a step
+    monkeypatch.setattr(
+        pm.Executor, "_turn", lambda self, steps: turn(self, steps) if len(steps) == 3 else steps
+    )
+    before = [server.executor.passes for server in crowd.servers]
+    threads = [
+        threading.Thread(target=lambda n=n: found.update({n: greedy(clients[n], texts[n], new=8)}))
+        for n in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert [found[n] for n in range(3)] == expected
+    assert [server.executor.passes - n for server, n in zip(crowd.servers, before, strict=True)] == [8, 8]
+    free_again(*crowd.servers)
+
+
+def test_a_session_with_the_users_own_lora_survives_the_loss_of_a_server(
+    crowd, server_of, initial_peers, monkeypatch
+):
+    """Those that take over get the matrices too; here in several requests, a block each."""
+    monkeypatch.setattr(pm, "PART_BYTES", 1000)
+    sent, options = spy(monkeypatch, pm.Hop, "send"), {"dht_prefix": "own-hf"}
+    servers = [server_of(crowd.path, *span, **options) for span in ((0, 2), (2, LAYERS))]
+    model = pm.AutoDistributedModelForCausalLM.from_pretrained(
+        crowd.path, initial_peers=initial_peers, update_period=0.5, min_backoff=0.1, **options, **OWN
+    )
+    own, steps, ids = make_own(model), iter(range(1000)), some_ids(2, 7)
+
+    def lose_one(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if next(steps) == 4:
+            server_of(crowd.path, 2, LAYERS, **options)
+            servers[1].stop()
+            for parameter in own.values():  # a session keeps what it began with
+                parameter.data.zero_()
+        return scores
+
+    with adapting(crowd.reference, {name: p.detach().clone() for name, p in own.items()}, 2.0):
+        expected = greedy(crowd.reference, ids, new=10)
+    processors = transformers.LogitsProcessorList([lose_one])
+    assert greedy(model, ids, new=10, logits_processor=processors) == expected
+    firsts = [call.kwargs["lora_first"] for call in sent if "lora_first" in call.kwargs]
+    assert sorted(firsts) == sorted([*range(2), *range(3), *range(3)])
+    free_again(servers[0])
+
+
+def test_a_server_bounds_the_lora_of_its_clients(crowd, server_of, initial_peers, monkeypatch):
+    options, ids = {"dht_prefix": "bounded-hf"}, some_ids(1, 4)
+    servers = [server_of(crowd.path, 0, LAYERS, max_lora_rank=rank, **options) for rank in (0, 2)]
+    assert ["lora" in server.info.features for server in servers] == [False, True]
+    load = functools.partial(pm.AutoDistributedModelForCausalLM.from_pretrained, crowd.path, max_retries=0)
+    load = functools.partial(load, initial_peers=initial_peers, **options)
+    small, large = load(**OWN | {"lora_rank": 2}), load(**OWN)
+    with small.inference_session(max_length=16) as session:
+        greedy(small, ids, new=2)
+        assert [span.peer for span in session.route] == [servers[1].swarm.peer_id]
+    with pytest.raises(pm.MissingBlocksError, match=r"LoRA of rank 3 \(the highest taken is 2\)"):
+        large(ids)
+    # a client that asks all the same
+    monkeypatch.setattr(pm.Router, "_allowed", lambda self, span: span.peer == servers[1].swarm.peer_id)
+    for use in (lambda: load(**OWN)(ids), lambda: greedy(load(**OWN), ids, new=1)):
+        with pytest.raises(pm.PeerError, match="LoRA of at most rank 2 .*--max_lora_rank.*; 'rank 3' came"):
+            use()
+    monkeypatch.setattr(pm, "MAX_LORA_BYTES", 10_000)
+    with pytest.raises(pm.PeerError, match="no room for LoRA: .* bytes of 10000 in all"):
+        greedy(small, ids, new=1)
+    free_again(*servers)
+
+
+def test_bad_adapters_are_refused_in_one_line(llama, main, tmp_path):
+    good = tmp_path / "good"
+    make_adapter(llama.reference, good, "q_proj")
+    made = itertools.count()
+
+    def variant(tensors=lambda tensors: tensors, **settings) -> Path:
+        path = tmp_path / f"bad{next(made)}"
+        path.mkdir()
+        said = json.loads((good / "adapter_config.json").read_text())
+        (path / "adapter_config.json").write_text(json.dumps(said | settings))
+        save_file(tensors(load_file(good / "adapter_model.safetensors")), path / "adapter_model.safetensors")
+        return path
+
+    pickled = variant()
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    damaged = variant()
+    (damaged / "adapter_config.json").write_text("{")
+    first = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    cases = [
+        (tmp_path / "nothing", "nothing"),
+        (pickled, "no adapter_model.safetensors.*pickles are never loaded"),
+        (damaged, "adapter_config.json.*damaged"),
+        (variant(bias="all"), "bias='all': expected plain LoRA"),
+        (variant(use_dora=True), "use_dora=True"),
+        (variant(modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\]"),
+        (variant(peft_type="LOHA"), "peft_type='LOHA'"),
+        (variant(lora_alpha=None), "expected a dict with lora_alpha"),
+        (
+            variant(lambda t: t | {"base_model.model.lm_head.lora_A.weight": torch.ones(3, 48)}),
+            "lm_head.lora_A",
+        ),
+        (
+            variant(lambda t: {k: v for k, v in t.items() if k != first + "A.weight"}),
+            "both lora_A and lora_B",
+        ),
+        (variant(lambda t: t | {first + "B.weight": torch.ones(5, 3)}), r"shapes \[\[3, 48\], \[72, 3\]\]"),
+        (
+            variant(lambda t: {k.replace("q_proj", "x_proj"): v for k, v in t.items()}),
+            "x_proj.*self_attn.q_proj",
+        ),
+    ]
+    for path, message in cases:
+        code, err = main("serve", llama.path, "--new_swarm", *SERVE, "--adapters", path)
+        assert code == 2 and err.splitlines()[-1:] and re.search(message, err.splitlines()[-1]), (path, err)
 
 
 @torch.no_grad()
@@ -4301,6 +4650,36 @@ def test_quantized_weights_on_the_cpu(kind, error, size):
         assert relative(x.grad, twin.sum(0).expand(3, K)) < 3e-3
     zero = matmul.quantized(torch.zeros(2, K), packed)
     assert torch.equal(zero, torch.zeros(2, N))
+
+
+@pytest.mark.parametrize("kind", [None, *matmul.KINDS])
+def test_adapters_of_mixed_rows(kind):
+    """Each adapter adds to its rows and outputs alone; beside a quantized matrix too, and with gradients."""
+    torch.manual_seed(0)
+    weight, x, grad = torch.randn(192, 128), torch.randn(7, 128), torch.randn(7, 192)
+    base = weight if kind is None else matmul.pack(matmul.quantize(weight, kind))
+    halves = [(torch.randn(3, 128), torch.randn(64, 3)), (torch.randn(5, 128), torch.randn(192, 5))]
+    outputs, rows = [slice(64, 128), slice(0, 192)], [slice(1, 4), slice(4, 6)]
+    order = torch.randperm(64)
+    places = [lora.Place("qkv", outputs[0], 128, order), lora.Place("qkv", outputs[1], 128)]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        adapters = [lora.Adapter.at(place, *both, 0.5) for place, both in zip(places, halves, strict=True)]
+        return lora.add(matmul.linear(x, base), x, list(zip(rows, adapters, strict=True)))
+
+    plain = matmul.linear(x, base)
+    expected = plain.clone()
+    expected[1:4, 64:128] += 0.5 * (x[1:4] @ halves[0][0].T @ halves[0][1].T)[:, order]
+    expected[4:6] += 0.5 * x[4:6] @ halves[1][0].T @ halves[1][1].T
+    found = run(x)
+    assert torch.equal(found[[0, 6]], plain[[0, 6]]) and relative(found, expected) < 1e-6
+    leaves = [x.requires_grad_(), *(half.requires_grad_() for both in halves for half in both)]
+    actual = torch.autograd.grad(run(x), leaves, grad)
+    dense = weight if kind is None else matmul.dequantize(base)
+    delta = [0.5 * B @ A for A, B in halves]
+    total = F.pad((x[1:4] @ delta[0][order].T), (64, 64, 1, 3)) + F.pad(x[4:6] @ delta[1].T, (0, 0, 4, 1))
+    for one, other in zip(actual, torch.autograd.grad(x @ dense.T + total, leaves, grad), strict=True):
+        assert relative(one, other) < 1e-5
 
 
 def test_experts_on_the_cpu():

@@ -1,2 +1,2 @@
-"""The arithmetic that a server runs hot: attention over pages, quantized matrices, small fusions. One lesson
-a file."""
+"""The arithmetic that a server runs hot: attention over pages, quantized matrices, adapters, small fusions.
+One lesson a file."""
