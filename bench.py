@@ -1,17 +1,30 @@
 """What petals_min costs, measured: one command a question. Each prints the ceiling first, where there is one,
 then what was measured, and ends with one line of JSON.
 
+    python bench.py [--plot FILE.png]          a short form of what compares; the README's table
+Beside transformers alone, on the same cores and from the same checkpoint, in turn in one run:
+    python bench.py overhead                   a token's time where the model is nothing, by stages
+    python bench.py decode                     one client's text
+    python bench.py clients                    four clients at once; 1 to 16 that only step
+    python bench.py prefill                    a text beside another client's long prompt
+    python bench.py forward                    a forward pass of a batch
+    python bench.py startup                    seconds, processes and memory of a server
+    python bench.py wan                        a token, a prompt, a forward pass over slow links
+    python bench.py scale                      with the context, the sessions, the swarm
+    python bench.py speculate                  prompt lookup over a slow link
+Others:
     python bench.py chaos [--generations 100]  what one notices of servers that crash, freeze or are cut off
     python bench.py soak [--minutes 30]        whether anything goes wrong, hangs, grows or leaks under faults
     python bench.py chain [--tokens 60]        a token over three servers, 50 ms from the client, 1 ms apart
     python bench.py kernels                    how near the kernels come to what the chip can do
     python bench.py quality [--model PATH]     what smaller weights cost in perplexity
-    python bench.py decode [--tokens 60]       what smaller weights bring in speed, one row on this CPU
+    python bench.py decode --weights           what smaller weights bring in speed, one row on this CPU
     python bench.py backward [--repeats 5]     one forward and backward pass beside transformers alone
     python bench.py train [--steps 40]         what soft prompts learn through two servers, and a step's time
 
-Servers of the first three run one thread each. Slow links and cuts need root, network namespaces and
-/dev/net/tun (see the tests).
+Servers run one thread each, but for those of `quality`, `decode --weights` and `train`. Models are made here
+with a fixed seed: "tiny" (8 layers of 64) and "mid" (16 of 1,024, 254M weights), float32. Slow links and cuts
+need root, network namespaces and /dev/net/tun (see the tests).
 """
 
 from __future__ import annotations
@@ -39,6 +52,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -53,6 +67,7 @@ from test_petals_min import (
     CHAOS_SPANS,
     MODES,
     NEW,
+    QUIET,
     SEEDS,
     SMALLER,
     Clock,
@@ -440,6 +455,232 @@ def forward(repeats: int = 3, tokens: int = 128) -> list[Row]:
             what = f"mid, forward of [{batch}, {tokens}]: tokens/s over transformers alone, two threads"
             rows.append(Row(what, quotients(took["alone"], took["swarm"]), wanted, petals, more=True))
     return conclude("forward", *rows, tokens_per_s=speeds)
+
+
+def beginning() -> float:
+    """Seconds from exec to online of a server of "tiny"."""
+    options = ["--new_swarm", "--host_maddrs", "/ip4/127.0.0.1/tcp/0", "--throughput", 1]
+    began = time.perf_counter()
+    with Process(workplace(), "serve", checkpoint("tiny"), *options) as server:
+        server.hello()
+        return time.perf_counter() - began
+
+
+def startup(repeats: int = 5) -> list[Row]:
+    """Question: how long until a server is online (tiny), over the bare time of importing torch, transformers
+    and hivemind; how many processes is it, and how much memory beyond its weights (mid, half of the blocks,
+    after a text)?"""
+    bare = [sys.executable, "-c", "import torch, transformers, hivemind"]
+    took = in_turn(
+        repeats,
+        imports=lambda: seconds(subprocess.run, bare, check=True, env=os.environ | QUIET),
+        online=beginning,
+    )
+    print(f"the imports alone: {statistics.median(took['imports']):.2f} s")
+    beyond = [online - imports for online, imports in zip(took["online"], took["imports"], strict=True)]
+    held = sum(weight.nbytes for weight in alone("mid").model.layers.parameters()) / 2 / 2**20
+    with servers("mid", 2) as swarm:
+        swarm.client().generate(ids_of("mid", 1, 16), max_new_tokens=4, do_sample=False)
+        families = [swarm.processes[host].family() for host in swarm.hosts]
+        memories = [sum(map(memory, family)) - held for family in families]
+    return conclude(
+        "startup",
+        Row("tiny, exec to online, beyond importing torch, transformers, hivemind", beyond, 1, unit=" s"),
+        Row("processes of a server", [len(family) for family in families], 4, 13),
+        Row("mid, memory (PSS) of a server beyond its weights", memories, 450, 1000, " MiB"),
+        **{f"{name}_s": some for name, some in took.items()},
+    )
+
+
+# ============================================================================================================
+# Over slow links
+# ============================================================================================================
+
+
+def set_links(swarm: Faults, client_ms: float, server_ms: float, client_mbit: float | None) -> None:
+    for a, b in itertools.combinations(swarm.net.hosts, 2):
+        swarm.net.set_delay(a, b, client_ms if "client" in (a, b) else server_ms)
+    swarm.net.set_rate("client", client_mbit)
+
+
+def client_bytes(swarm: Faults) -> int:
+    """Bytes that passed the client's link so far, both ways, headers included."""
+    with swarm.net.enter("client"):
+        lines = Path("/proc/thread-self/net/dev").read_text().splitlines()
+    words = next(line for line in lines if "tun0:" in line).split(":")[1].split()
+    return int(words[0]) + int(words[8])  # received, sent
+
+
+def token_ms(model, tokens: int) -> float:
+    """Median milliseconds of a decoded token."""
+    clock, ids = Clock(), torch.ones(1, 16, dtype=torch.int64)
+    model.generate(ids, max_new_tokens=tokens, do_sample=False, stopping_criteria=[clock])
+    return 1e3 * statistics.median([b - a for a, b in itertools.pairwise(clock.times)][3:])
+
+
+def large_requests(swarm: Faults, model, prompt: int) -> dict[str, float]:
+    """Seconds and bytes on the client's link of a prompt and of a forward pass."""
+    hidden, found = model.config.hidden_size, {}
+    with model.remote.inference_session(max_length=prompt) as session:
+        session.step(torch.empty(1, 0, hidden))
+        for name, run in (
+            (f"prompt [1, {prompt}]", lambda: session.step(torch.randn(1, prompt, hidden))),
+            ("forward [8, 128]", lambda: model.remote(torch.randn(8, 128, hidden))),
+        ):
+            before = client_bytes(swarm)
+            found[f"{name} s"] = round(seconds(run), 3)
+            found[f"{name} MB"] = round((client_bytes(swarm) - before) / 1e6, 2)
+    return found
+
+
+@torch.inference_mode()
+def wan(tokens: int = 32, most: int = 4, prompt: int = 1024) -> list[Row]:
+    """Question: what does a token cost over slow links (mid; 5, 50 and 100 ms one way and 100 Mbit/s on the
+    client's link, 1 ms between servers; 1, 2, 4 servers)? The floor: one trip around the chain, and what the
+    same servers take on links without delay. And a prompt, and a forward pass: seconds, bytes."""
+    rows, details = [], {}
+    for count in [count for count in (1, 2, 4) if count <= most]:
+        with servers("mid", count, slow=True, client_ms=0, server_ms=0) as swarm:
+            compute = token_ms(swarm.client(), tokens)
+            large = {0: large_requests(swarm, swarm.client(), prompt)}
+            over = []
+            for ms in (5, 50, 100):
+                set_links(swarm, ms, 1, 100)
+                model, floor = swarm.client(), 2 * ms + (count - 1) + compute
+                took = token_ms(model, tokens)
+                large[ms] = large_requests(swarm, model, prompt)
+                over.append(took / floor)
+                print(f"{count} servers, {ms} ms: floor {floor:.1f} ms, {took:.1f} ms a token", flush=True)
+            for ms, found in large.items():
+                print(f"{count} servers, {ms} ms: " + ", ".join(f"{k} {v}" for k, v in found.items()))
+        what = f"mid, {count} servers, 5, 50, 100 ms away: a token's time over one trip + compute"
+        rows.append(Row(what, over, 1.15))
+        details[count] = {"compute_ms": compute, "large": large}
+    return conclude("wan", *rows, servers=details)
+
+
+@torch.inference_mode()
+def speculate(model: str | None = None, repeats: int = 3, tokens: int = 64) -> list[Row]:
+    """Question: what does prompt lookup bring over a link of 50 ms, where the text repeats (SmolLM2, two
+    servers)?"""
+    path = Path(model or pm._demo_checkpoint())
+    text = "The quick brown fox jumps over the lazy dog and runs away into the dark forest. " * 6
+    ids = AutoTokenizer.from_pretrained(path)(text, return_tensors="pt").input_ids
+    with servers(path, 2, slow=True, client_ms=50, server_ms=1) as swarm:
+        swarm_model = swarm.client()
+        swarm_model.generation_config.eos_token_id = None
+        took = in_turn(
+            repeats,
+            plain=lambda: per_token(swarm_model, ids, tokens),
+            lookup=lambda: per_token(swarm_model, ids, tokens, prompt_lookup_num_tokens=10),
+        )
+    speed = {name: 1 / statistics.median(some) for name, some in took.items()}
+    print(f"one trip, 101 ms: at most 9.90 tokens/s if each token is one; plain {speed['plain']:.2f}, "
+          f"prompt lookup {speed['lookup']:.2f}")  # fmt: skip
+    gain = quotients(took["plain"], took["lookup"])
+    row = Row("SmolLM2, 50 ms away, prompt lookup over plain: tokens/s", gain, 2, more=True)
+    return conclude("speculate", row, tokens_per_s=speed)
+
+
+# ============================================================================================================
+# With size
+# ============================================================================================================
+
+
+def growth_with_context(name: str, longest: int, steps: int = 12) -> Row:
+    """How the time of a step grows with the context, over how the bytes that it reads grow: weights, keys and
+    values."""
+    reference, found = alone(name), {}
+    config, weights = reference.config, sum(w.nbytes for w in reference.model.layers.parameters())
+    cached = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # per token
+    with servers(name, 2, "--inference_max_length", 16384) as swarm:
+        model = swarm.client()
+        with model.remote.inference_session(max_length=longest + steps) as session:
+            for length in [128 << i for i in range(20) if 128 << i <= longest]:
+                while session.position < length:
+                    more = min(512, length - session.position)
+                    session.step(torch.randn(1, more, config.hidden_size))
+                x = torch.randn(1, 1, config.hidden_size)
+                found[length] = statistics.median(seconds(session.step, x) for _ in range(steps))
+                session.position = length
+                print(f"context {length:5}: {1e3 * found[length]:.2f} ms a token, "
+                      f"{(weights + cached * length) / 1e6:.0f} MB read", flush=True)  # fmt: skip
+    read = (weights + cached * longest) / (weights + cached * 128)
+    grown = found[longest] / found[128]
+    return Row(f"{name}, context 128 to {longest}: growth of a token's time over that of the bytes read",
+               [grown / read], 1.0)  # fmt: skip
+
+
+def growth_with_sessions(steps: int = 20) -> tuple[Row, dict]:
+    """A step's time and the server's memory, with 1 to 64 sessions that step at once."""
+    figures = {}
+    with servers("tiny", 1) as swarm:
+        model, (peer,) = swarm.client(), swarm.host_of
+        for count in (1, 4, 16, 64):
+            speed, rows = stepping(model, peer, count, steps)
+            ms, mib = 1e3 * count / speed, sum(map(memory, swarm.processes["server1"].family()))
+            print(
+                f"{count:2} sessions: {ms:.2f} ms a step, {rows:.1f} rows per pass, {mib:.0f} MiB", flush=True
+            )
+            figures[count] = {"ms": round(ms, 3), "rows_per_pass": round(rows, 2), "mib": round(mib)}
+    gain = 64 * figures[1]["ms"] / figures[64]["ms"]
+    row = Row("tiny, 64 clients that only step over one: steps/s", [gain], more=True)
+    return row, figures
+
+
+class Archive:
+    """Stands for a directory of 1,000 servers: answers as `Swarm.get` does, with records as hivemind hands
+    them over, which are read and checked as those of strangers are."""
+
+    peer_id = None
+
+    def __init__(self, count: int, blocks: int):
+        chance, self.entries = random.Random(0), {}
+        for number in range(count):
+            name = pm.PeerID(b"\x12\x20" + number.to_bytes(32, "big")).to_base58()
+            first = chance.randrange(blocks - 8)
+            last = first + chance.randint(4, min(16, blocks - first))
+            info = pm.ServerInfo(pm.ONLINE, 10 + chance.random(), first, last)
+            info.inference_rps = 100 + chance.random()
+            for uid in pm.block_uids("m-hf", first, last):
+                value = pm.MSGPackSerializer.dumps(info.to_record())
+                self.entries.setdefault(uid, {})[name] = value
+
+    async def get(self, keys: list[str]) -> dict[str, dict]:
+        def read(value: bytes) -> SimpleNamespace:
+            return SimpleNamespace(value=pm.RecordSerializer.loads(value), expiration_time=1e9)
+
+        return {key: {name: read(value) for name, value in self.entries[key].items()} for key in keys}
+
+
+def routing(count: int = 1000, blocks: int = 80, repeats: int = 9) -> list[Row]:
+    """A reading of the directory and a choice of route, in a swarm that is simulated."""
+    config = AutoConfig.for_model("llama", num_hidden_layers=blocks)
+    config = pm.ClientConfig(dht_prefix="m-hf").attach_to(config, {"show_route": False})
+    config.dht_prefix = "m-hf"
+    archive = Archive(count, blocks)
+    router, chance = pm.Router(archive, config), random.Random(0)
+
+    async def refresh() -> None:
+        router.spans = pm.spans_of(await pm.read_directory(archive, "m-hf", blocks))
+
+    refreshed = [seconds(pm.wire().call, refresh()) for _ in range(repeats)]
+    router.pings = {span.peer: chance.uniform(0.01, 0.3) for span in router.spans}
+    chosen = [1e3 * seconds(router.fastest, 0, blocks, 1000) for _ in range(repeats)]
+    what = f"{count} servers, {blocks} blocks"
+    return [
+        Row(f"{what}: a route", chosen, 50, unit=" ms"),
+        Row(f"{what}: a reading of the directory, network apart", [1e3 * s for s in refreshed], unit=" ms"),
+    ]
+
+
+@torch.inference_mode()
+def scale(model: str = "mid", longest: int = 8192) -> list[Row]:
+    """Question: how does it grow: a token's time with the context (mid, two servers), a step's time and
+    memory with the number of sessions (tiny), a route with the number of servers?"""
+    rows = routing()
+    sessions, figures = growth_with_sessions()
+    return conclude("scale", growth_with_context(model, longest), sessions, *rows, sessions=figures)
 
 
 # ============================================================================================================
@@ -1019,24 +1260,90 @@ def backward(rows: int = 8, tokens: int = 128, repeats: int = 5) -> None:
            transformers_s=round(theirs, 2), ratio=round(ours / theirs, 2))  # fmt: skip
 
 
-COMPARED = [overhead, decode, clients, prefill, forward]
-COMMANDS = [*COMPARED, chaos, soak, chain, kernels, quality, backward, train]
+# ============================================================================================================
+# All of it, and the command line
+# ============================================================================================================
+
+# What is compared with transformers alone, or with a floor; and how little of it makes the short form.
+SHORT = {
+    overhead: dict(repeats=5, tokens=32),
+    decode: dict(repeats=3, tokens=16),
+    clients: dict(repeats=1, tokens=16, steps=10),
+    prefill: dict(repeats=1),
+    forward: dict(repeats=1),
+    startup: dict(repeats=2),
+    wan: dict(tokens=12, most=2, prompt=256),
+    scale: dict(model="tiny", longest=2048),
+    speculate: dict(repeats=1, tokens=32),
+}
+COMMANDS = [*SHORT, chaos, soak, chain, kernels, quality, backward, train]
+
+
+def everything(plot: str = "") -> None:
+    """A short form of all of it, then the README's table, and a picture of it in the file `plot`."""
+    if plot:
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError:
+            raise Unavailable("--plot needs matplotlib: pip install 'petals-min[bench]'") from None
+    table: dict[str, list[Row]] = {}
+    for command, options in SHORT.items():
+        print(f"\n--- {command.__name__} {options}", flush=True)
+        try:
+            table[command.__name__] = command(**options)
+        except (Unavailable, pm.PetalsError) as error:
+            print(f"not measured: {error}")
+    print("\n| command | question | measured: median (min to max) | wanted | Petals |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, rows in table.items():
+        for row in rows:
+            print(f"| `{name}` | {' | '.join(row.cells())} |")
+    if plot:
+        draw(plt, table, plot)
+    figures = {name: [row.summary for row in rows] for name, rows in table.items()}
+    report(bench="all", short=True, cores=os.cpu_count(), load=os.getloadavg()[0], figures=figures)
+
+
+def draw(plt, table: dict[str, list[Row]], file: str) -> None:
+    """Each figure by how many times better than wanted it is; dots: Petals."""
+    rows = [(name, row) for name, rows in table.items() for row in rows if row.wanted is not None]
+    figure, axes = plt.subplots(figsize=(11, 1 + 0.4 * len(rows)), layout="constrained")
+
+    def better(row: Row, value: float) -> float:
+        return value / row.wanted if row.more else row.wanted / value
+
+    for place, (_, row) in enumerate(rows):
+        low, middle, high = sorted(better(row, row.summary[key]) for key in ("min", "median", "max"))
+        axes.barh(place, middle, xerr=[[middle - low], [high - middle]], color="C0" if middle >= 1 else "C1")
+        if row.petals is not None:
+            axes.plot(better(row, row.petals), place, "ko")
+    axes.axvline(1, color="black")
+    axes.set(xscale="log", xlabel="times better than wanted (black dot: Petals)")
+    axes.set_yticks(range(len(rows)), [f"{name}: {row.question}"[:90] for name, row in rows], fontsize=8)
+    axes.invert_yaxis()
+    figure.savefig(file, dpi=150)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = argparse.ArgumentParser(description="Without a command: a short form of all, and a table.")
+    parser.add_argument("--plot", default="", metavar="FILE.png", help="draw that table, too")
+    commands = parser.add_subparsers(dest="command")
     for function in COMMANDS:
-        command = commands.add_parser(function.__name__, help=function.__doc__.split("?")[0].split(": ")[-1])
+        command = commands.add_parser(function.__name__, description=function.__doc__)
         for name, default in inspect.signature(function).parameters.items():
-            kind = type(default.default)
+            kind = str if default.default is None else type(default.default)
             how = {"action": "store_true"} if kind is bool else {"type": kind, "default": default.default}
-            command.add_argument(f"--{name}", **how if default.default is not None else {})
+            command.add_argument(f"--{name}", **how)
     options = vars(parser.parse_args())
+    name = options.pop("command")
     try:
-        globals()[options.pop("command")](**options)
+        if name is None:
+            everything(**options)
+        else:
+            del options["plot"]
+            globals()[name](**options)
     except Unavailable as error:
-        sys.exit(str(error))
+        sys.exit(f"bench.py: {error}")
 
 
 if __name__ == "__main__":
