@@ -521,7 +521,8 @@ def token_ms(model, tokens: int) -> float:
 def large_requests(swarm: Faults, model, prompt: int) -> dict[str, float]:
     """Seconds and bytes on the client's link of a prompt and of a forward pass."""
     hidden, found = model.config.hidden_size, {}
-    with model.remote.inference_session(max_length=prompt) as session:
+    # closing: within the session's own context a forward pass would be its next step
+    with contextlib.closing(model.remote.inference_session(max_length=prompt)) as session:
         session.step(torch.empty(1, 0, hidden))
         for name, run in (
             (f"prompt [1, {prompt}]", lambda: session.step(torch.randn(1, prompt, hidden))),
