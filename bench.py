@@ -1337,6 +1337,7 @@ def main() -> None:
             command.add_argument(f"--{name}", **how)
     options = vars(parser.parse_args())
     name = options.pop("command")
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         if name is None:
             everything(**options)
