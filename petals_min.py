@@ -993,11 +993,12 @@ async def read_directory(swarm: Swarm, prefix: str, count: int) -> list[dict[Pee
     itself."""
     uids, latest = block_uids(prefix, 0, count), {}  # peer -> the end of its latest record, and its blocks
     found, table = await swarm.get(uids), [{} for _ in uids]
+    peer_of = functools.cache(PeerID.from_base58)  # a server has a record for each of its blocks
     for uid, servers in zip(uids, table, strict=True):
         for name, entry in found[uid].items() if isinstance(found[uid], dict) else ():
             try:
                 expect(_text(name), "a peer id", name)  # note: base58 of a megabyte takes hours
-                peer, info = PeerID.from_base58(name), ServerInfo.from_record(entry.value)
+                peer, info = peer_of(name), ServerInfo.from_record(entry.value)
                 end = entry.expiration_time, info.start_block or -1, info.end_block or -1
                 servers[peer], latest[peer] = info, max(latest.get(peer, end), end)
             except Exception as error:
