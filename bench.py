@@ -42,6 +42,7 @@ import os
 import pydoc_data.topics
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -1338,6 +1339,7 @@ def main() -> None:
     options = vars(parser.parse_args())
     name = options.pop("command")
     sys.stdout.reconfigure(line_buffering=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers end with us
     try:
         if name is None:
             everything(**options)
