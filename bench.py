@@ -1,29 +1,48 @@
 """What petals_min costs, measured: one command a question. Each prints the ceiling first, where there is one,
 then what was measured, and ends with one line of JSON.
 
+    python bench.py [--plot FILE.png]          a short form of what compares; the README's table
+Beside transformers alone, on the same cores and from the same checkpoint, in turn in one run:
+    python bench.py overhead                   a token's time where the model is nothing, by stages
+    python bench.py decode                     one client's text
+    python bench.py clients                    four clients at once; 1 to 16 that only step
+    python bench.py prefill                    a text beside another client's long prompt
+    python bench.py forward                    a forward pass of a batch
+    python bench.py startup                    seconds, processes and memory of a server
+    python bench.py wan                        a token, a prompt, a forward pass over slow links
+    python bench.py scale                      with the context, the sessions, the swarm
+    python bench.py speculate                  prompt lookup over a slow link
+Others:
     python bench.py chaos [--generations 100]  what one notices of servers that crash, freeze or are cut off
     python bench.py soak [--minutes 30]        whether anything goes wrong, hangs, grows or leaks under faults
     python bench.py chain [--tokens 60]        a token over three servers, 50 ms from the client, 1 ms apart
     python bench.py kernels                    how near the kernels come to what the chip can do
     python bench.py quality [--model PATH]     what smaller weights cost in perplexity
-    python bench.py decode [--tokens 60]       what smaller weights bring in speed, one row on this CPU
+    python bench.py decode --weights           what smaller weights bring in speed, one row on this CPU
     python bench.py backward [--repeats 5]     one forward and backward pass beside transformers alone
     python bench.py train [--steps 40]         what soft prompts learn through two servers, and a step's time
 
-Servers of the first three run one thread each. Slow links and cuts need root, network namespaces and
-/dev/net/tun (see the tests).
+Servers run one thread each, but for those of `quality`, `decode --weights` and `train`. Models are made here
+with a fixed seed: "tiny" (8 layers of 64) and "mid" (16 of 1,024, 254M weights), float32. Slow links and cuts
+need root, network namespaces and /dev/net/tun (see the tests).
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
+import dataclasses
+import functools
+import inspect
 import itertools
 import json
 import math
 import os
 import pydoc_data.topics
 import random
+import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,24 +50,30 @@ import tarfile
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import petals_min as pm
 from kernels import attention, matmul, norm, rotary
 from test_petals_min import (
     CHAOS_SPANS,
     MODES,
+    QUIET,
     SEEDS,
     SMALLER,
     Clock,
     Faults,
     Process,
+    available,
     disturbed,
     make_model,
     prompt,
@@ -63,6 +88,606 @@ pm.logger.setLevel(os.environ.get("LOG", "ERROR"))
 
 def report(**figures) -> None:
     print(json.dumps(figures), flush=True)
+
+
+# ============================================================================================================
+# Shared by the commands that compare with transformers alone: models, servers, turns, rows of the table
+# ============================================================================================================
+
+MODELS = {
+    "tiny": dict(vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=8,
+                 num_attention_heads=4, num_key_value_heads=2),
+    "mid": dict(vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=16,
+                num_attention_heads=16, num_key_value_heads=8),
+}  # fmt: skip
+NO_END = dict(bos_token_id=None, eos_token_id=None, pad_token_id=0)  # a text ends by its length alone
+
+
+class Unavailable(Exception):
+    """What a command needs is not on this machine."""
+
+
+@functools.cache
+def workplace() -> Path:
+    """This run's folder for models and logs."""
+    folder = tempfile.TemporaryDirectory(prefix="petals-bench-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+@functools.cache
+def alone(name: str) -> transformers.PreTrainedModel:
+    """transformers alone: a Llama of random float32 weights, of a fixed seed."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", max_position_embeddings=16384, **MODELS[name], **NO_END)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@functools.cache
+def checkpoint(name: str) -> Path:
+    return save(alone(name), workplace() / name)
+
+
+def ids_of(name: str, *shape: int) -> torch.Tensor:
+    return torch.randint(1, MODELS[name]["vocab_size"], shape, generator=torch.Generator().manual_seed(0))
+
+
+def threads_of(pid: int) -> str:
+    """How many threads a process computes with, and how many it has in all."""
+    setting = re.search(rb"OMP_NUM_THREADS=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())
+    return f"computes with {int(setting[1])} thread, has {len(os.listdir(f'/proc/{pid}/task'))}"
+
+
+@contextlib.contextmanager
+def servers(model: str | Path, count: int, *options: object, slow: bool = False, **link) -> Iterator[Faults]:
+    """`count` server processes of one thread each that halve (third, …) the blocks of "tiny", "mid" or a
+    checkpoint, on loopback or behind slow links; says what runs."""
+    if slow and available() is not None:
+        raise Unavailable(available())
+    path = checkpoint(model) if model in MODELS else Path(model)
+    blocks = AutoConfig.from_pretrained(path).num_hidden_layers
+    spans = [f"{blocks * i // count}:{blocks * (i + 1) // count}" for i in range(count)]
+    folder = Path(tempfile.mkdtemp(dir=workplace()))
+    options = ("--update_period", 60, "--attn_cache_tokens", 16384, *options)
+    with Faults(folder, path, spans, *options, slow=slow, **link) as swarm:
+        for host, span in swarm.hosts.items():
+            print(f"{host}: blocks {span} of {path.name}, {threads_of(swarm.processes[host].popen.pid)}")
+        yield swarm
+
+
+def seconds(work: Callable, *args, **options) -> float:
+    began = time.perf_counter()
+    work(*args, **options)
+    return time.perf_counter() - began
+
+
+def in_turn(repeats: int, **runs: Callable[[], float]) -> dict[str, list[float]]:
+    """What each run measured, `repeats` times, one after the other in turn; the first turn warms up."""
+    turns = [{name: run() for name, run in runs.items()} for _ in range(repeats + 1)][1:]
+    return {name: [turn[name] for turn in turns] for name in runs}
+
+
+def quotients(over: list[float], under: list[float]) -> list[float]:
+    """Of what was measured in the same turn."""
+    return [a / b for a, b in zip(over, under, strict=True)]
+
+
+def per_token(model, ids: torch.Tensor, new: int, **options) -> float:
+    """Seconds per token of a whole call of `generate`."""
+    return seconds(model.generate, ids, max_new_tokens=new, do_sample=False, **options) / new
+
+
+def together(count: int, use: Callable[[int], Any]) -> float:
+    """Seconds that so many threads take that call use(0), use(1), … at once; raises what they raise."""
+    with ThreadPoolExecutor(count) as pool:
+        return seconds(lambda: list(pool.map(use, range(count))))
+
+
+@dataclasses.dataclass
+class Row:
+    """An answer, as the table shows it: repeats of one figure beside what is wanted and what Petals
+    needed."""
+
+    question: str
+    values: list[float]
+    wanted: float | None = None
+    petals: float | None = None
+    unit: str = ""
+    more: bool = False  # is better
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        some = {"median": statistics.median(self.values), "min": min(self.values), "max": max(self.values)}
+        return {key: float(f"{value:.4g}") for key, value in some.items()}
+
+    @property
+    def goal(self) -> str:
+        return "" if self.wanted is None else f"{'≥' if self.more else '≤'} {self.wanted:g}{self.unit}"
+
+    def __str__(self) -> str:
+        median, low, high = (f"{value:.3g}" for value in self.summary.values())
+        return f"{median}{self.unit}" + (f" ({low} to {high})" if len(self.values) > 1 else "")
+
+    def cells(self) -> tuple[str, ...]:
+        petals = "" if self.petals is None else f"{self.petals:g}{self.unit}"
+        return self.question, str(self), self.goal, petals
+
+
+def conclude(bench: str, *rows: Row, **details: Any) -> list[Row]:
+    """Print a command's rows, and the line of JSON; returns the rows."""
+    for row in rows:
+        print(f"{row.question}: {row}" + f"; wanted {row.goal}" * bool(row.goal))
+    figures = [{"question": row.question, **row.summary, "wanted": row.goal} for row in rows]
+    report(bench=bench, load=os.getloadavg()[0], figures=figures, **details)
+    return list(rows)
+
+
+# ============================================================================================================
+# Beside transformers alone
+# ============================================================================================================
+
+
+def stages(model, ids: torch.Tensor, new: int) -> dict[str, float]:
+    """Where the time of a decoded token goes: mean milliseconds by stage, from the session's trace."""
+    clock, model.config.trace = Clock(), True
+    with model.inference_session(max_length=ids.shape[1] + new) as session:
+        options = {"max_new_tokens": new, "do_sample": False, "stopping_criteria": [clock]}
+        model.generate(ids, session=session, **options)
+    model.config.trace = False
+    steps, hops = session.trace  # of servers also the opening; the prompt's come next
+    means = {"token": (clock.times[-1] - clock.times[1]) / (new - 1), "step": statistics.mean(steps[1:])}
+    for number, traces in enumerate(hops, 1):
+        for stage in ("queue", "compute"):
+            means[f"{stage} {number}"] = statistics.mean(trace[stage] for trace in traces[2:])
+    token, step, *servers_ = means.values()
+    means |= {"client": token - step, "wire": step - sum(servers_)}
+    return {stage: 1e3 * value for stage, value in means.items() if stage != "step"}
+
+
+@torch.inference_mode()
+def overhead(repeats: int = 9, tokens: int = 64) -> list[Row]:
+    """Question: how much longer does a token take than with transformers alone, where the model is nothing
+    (tiny, two servers); and where does the time go?"""
+    ids = ids_of("tiny", 1, 16)
+    with servers("tiny", 2) as swarm:
+        model = swarm.client()
+        found: list[dict[str, float]] = []
+        took = in_turn(
+            repeats,
+            alone=lambda: per_token(alone("tiny"), ids, tokens),
+            swarm=lambda: per_token(model, ids, tokens),
+            traced=lambda: found.append(stages(model, ids, tokens)) or 0.0,
+        )
+    print(f"transformers alone: {1e3 * statistics.median(took['alone']):.2f} ms per token")
+    parts = {stage: round(statistics.median(turn[stage] for turn in found[1:]), 3) for stage in found[0]}
+    print("swarm, ms per decoded token: " + ", ".join(f"{stage} {ms:.2f}" for stage, ms in parts.items()))
+    ratio = quotients(took["swarm"], took["alone"])
+    row = Row("tiny, one client: time per token over transformers alone", ratio, 1.2, 4.8)
+    return conclude("overhead", row, stages_ms=parts)
+
+
+def memory_speed() -> float:
+    """Bytes per second at which one thread reads memory, at best."""
+    much = torch.ones(2**26)
+    return much.nbytes / min(seconds(much.sum) for _ in range(9))
+
+
+@torch.inference_mode()
+def decode(repeats: int = 5, tokens: int = 64, weights: bool = False) -> list[Row]:
+    """Question: how fast is one client's text, beside transformers alone with one thread (mid, two servers)?
+    With --weights: what do smaller weights bring?"""
+    if weights:
+        return smaller_weights()
+    ids, reference = ids_of("mid", 1, 16), alone("mid")
+    read = sum(weight.nbytes for weight in reference.parameters())
+    read -= reference.model.embed_tokens.weight.nbytes  # but for a row
+    best = memory_speed() / read
+    print(f"ceiling: {best:.2f} tokens/s, each weight read once from memory ({read / 1e6:.0f} MB a token)")
+    with servers("mid", 2) as swarm:
+        model = swarm.client()
+        took = in_turn(
+            repeats,
+            alone=lambda: per_token(reference, ids, tokens),
+            swarm=lambda: per_token(model, ids, tokens),
+        )
+    speed = {name: 1 / statistics.median(some) for name, some in took.items()}
+    print(", ".join(f"{name} {value:.2f} tokens/s" for name, value in speed.items()))
+    row = Row("mid, one client: tokens/s over transformers alone, one thread",
+              quotients(took["alone"], took["swarm"]), 1.0, 0.81, more=True)  # fmt: skip
+    return conclude("decode", row, tokens_per_s=speed, ceiling=best)
+
+
+def info_of(model, peer: str) -> dict:
+    """What a server says of itself by rpc_info."""
+    p2p, request = model.remote.router.swarm.p2p, pm.ExpertUID(uid="")
+    asking = pm.call(p2p, pm.PeerID.from_base58(peer), "rpc_info", request, pm.ExpertInfo, 30)
+    return pm.MSGPackSerializer.loads(pm.wire().call(asking).serialized_info)
+
+
+def stepping(model, peer: str, count: int, steps: int) -> tuple[float, float]:
+    """`count` clients that do nothing but `session.step` with one row of one token, at once: (their steps per
+    second together, rows per pass of the executor)."""
+    x, open_one = torch.randn(1, 1, model.config.hidden_size), model.remote.inference_session
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(open_one(max_length=steps + 2)) for _ in range(count)]
+        together(count, lambda index: opened[index].step(x))
+        before = info_of(model, peer)
+        took = together(count, lambda index: [opened[index].step(x) for _ in range(steps)])
+        after = info_of(model, peer)
+    passes, rows = (after[f"executor_{what}"] - before[f"executor_{what}"] for what in ("passes", "steps"))
+    return count * steps / took, rows / passes
+
+
+LIGHT = (1, 2, 4, 8, 16)
+
+
+@torch.inference_mode()
+def light_clients(repeats: int, steps: int) -> tuple[Row, dict]:
+    """What one server brings to clients that only step, by their number."""
+    with servers("mid", 1, "--torch_dtype", "float16") as swarm:
+        model, (peer,) = swarm.client(), swarm.host_of
+        found = [{n: stepping(model, peer, n, steps) for n in LIGHT} for _ in range(repeats + 1)][1:]
+    speeds = {n: statistics.median(turn[n][0] for turn in found) for n in LIGHT}
+    rows = {n: statistics.median(turn[n][1] for turn in found) for n in LIGHT}
+    for n in LIGHT:
+        print(f"{n:2} light clients: {speeds[n]:.1f} steps/s together, {rows[n]:.2f} rows per pass")
+    gain = [turn[8][0] / turn[1][0] for turn in found]
+    row = Row("mid, float16, 8 clients that only step over one: steps/s", gain, 3, more=True)
+    return row, {"light_steps_per_s": speeds, "rows_per_pass": rows}
+
+
+@torch.inference_mode()
+def clients(repeats: int = 3, tokens: int = 32, steps: int = 20) -> list[Row]:
+    """Question: what do four clients at once get together, over one transformers alone with one thread (mid,
+    two servers)? The clients are threads of this process. And what does one server bring to 1 to 16 clients
+    that only step?"""
+    ids, reference = ids_of("mid", 1, 16), alone("mid")
+    with contextlib.ExitStack() as stack:
+        kinds = {}
+        for kind in ("float32", "float16"):
+            swarm = stack.enter_context(servers("mid", 2, "--torch_dtype", kind))
+            kinds[kind] = swarm.client()
+
+        def four(model) -> float:
+            """Seconds per token of all four together."""
+            return together(4, lambda _: per_token(model, ids, tokens)) / (4 * tokens)
+
+        took = in_turn(
+            repeats,
+            alone=lambda: per_token(reference, ids, tokens),
+            **{kind: functools.partial(four, model) for kind, model in kinds.items()},
+        )
+    speed = {name: 1 / statistics.median(some) for name, some in took.items()}
+    print(", ".join(f"{name} {value:.2f} tokens/s" for name, value in speed.items()))
+    what = "mid, four clients at once: tokens/s together over transformers alone, one thread"
+    rows = [
+        Row(f"{what}, float32", quotients(took["alone"], took["float32"]), 2.0, 1.3, more=True),
+        Row(f"{what}, float16", quotients(took["alone"], took["float16"]), 3.5, 1.3, more=True),
+    ]
+    row, light = light_clients(repeats, steps)
+    return conclude("clients", *rows, row, tokens_per_s=speed, **light)
+
+
+class Decoding(Clock):
+    """A text that goes on in a thread of its own until `stop`."""
+
+    def __init__(self, model, ids: torch.Tensor):
+        super().__init__()
+        self.over, options = threading.Event(), {"max_new_tokens": 2000, "do_sample": False}
+        self.thread = threading.Thread(
+            target=lambda: model.generate(ids, stopping_criteria=[self], **options), daemon=True
+        )
+        self.thread.start()
+        until(lambda: len(self.times) > 4, what="a text's first tokens")
+
+    def __call__(self, ids, scores, **_) -> torch.Tensor:
+        super().__call__(ids, scores)
+        return torch.full((len(ids),), self.over.is_set())
+
+    def stop(self) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def gaps(self, start: float, end: float) -> list[float]:
+        """Seconds of the tokens under way between two moments."""
+        return [b - a for a, b in itertools.pairwise(self.times) if b > start and a < end]
+
+
+@torch.inference_mode()
+def prefill(repeats: int = 3, tokens: int = 2000) -> list[Row]:
+    """Question: what do a text and a long prompt of another client do to each other (mid, two servers)? A
+    token's time is the mean of those under way while the prompt is."""
+    x, ids = torch.randn(1, tokens, 1024), ids_of("mid", 1, 16)
+    found: dict[str, list[float]] = {"decode": [], "prompt": [], "worst": []}
+    with servers("mid", 2) as swarm:
+        model = swarm.client()
+
+        def prompt_seconds() -> float:
+            with model.remote.inference_session(max_length=tokens) as session:
+                session.step(x[:, :0])
+                return seconds(session.step, x)
+
+        for _ in range(repeats):
+            own, text = prompt_seconds(), Decoding(model, ids)
+            time.sleep(3)  # of a text that nobody disturbs
+            start = time.monotonic()
+            disturbed_prompt, end = prompt_seconds(), time.monotonic()
+            text.stop()
+            before, during = text.gaps(text.times[4], start), text.gaps(start, end)
+            usual, loaded = statistics.mean(before[:-1]), statistics.mean(during)
+            print(f"prompt {own:.2f} s alone, {disturbed_prompt:.2f} s beside a text; "
+                  f"a token {1e3 * usual:.0f} ms, {1e3 * loaded:.0f} ms beside a prompt, "
+                  f"at worst {1e3 * max(during):.0f} ms", flush=True)  # fmt: skip
+            for name, value in zip(found, (loaded / usual, disturbed_prompt / own, max(during)), strict=True):
+                found[name].append(value)
+    rows = [
+        Row(f"mid, a prompt of {tokens} tokens arrives: another client's time per token over usual",
+            found["decode"], 2.0),
+        Row("that prompt's time over its time alone", found["prompt"], 1.3),
+    ]  # fmt: skip
+    return conclude("prefill", *rows, worst_token_s=found["worst"])
+
+
+@torch.inference_mode()
+def forward(repeats: int = 3, tokens: int = 128) -> list[Row]:
+    """Question: how fast is a forward pass of a batch through two servers, beside transformers alone with two
+    threads (mid; ids to last hidden states)?"""
+    reference, rows, speeds = alone("mid"), [], {}
+    with servers("mid", 2) as swarm:
+        model = swarm.client()
+
+        def by_transformers(ids: torch.Tensor) -> float:
+            torch.set_num_threads(2)
+            took = seconds(reference.model, ids, use_cache=False)
+            torch.set_num_threads(1)
+            return took
+
+        for batch, wanted, petals in ((8, 0.75, 0.48), (32, 0.9, None)):
+            ids = ids_of("mid", batch, tokens)
+            took = in_turn(
+                repeats,
+                alone=lambda ids=ids: by_transformers(ids),
+                swarm=lambda ids=ids: seconds(model.model, ids),
+            )
+            speed = {name: ids.numel() / statistics.median(some) for name, some in took.items()}
+            said = ", ".join(f"{name} {value:.0f} tokens/s" for name, value in speed.items())
+            print(f"[{batch}, {tokens}]: {said}")
+            speeds[batch] = speed
+            what = f"mid, forward of [{batch}, {tokens}]: tokens/s over transformers alone, two threads"
+            rows.append(Row(what, quotients(took["alone"], took["swarm"]), wanted, petals, more=True))
+    return conclude("forward", *rows, tokens_per_s=speeds)
+
+
+def beginning() -> float:
+    """Seconds from exec to online of a server of "tiny"."""
+    options = ["--new_swarm", "--host_maddrs", "/ip4/127.0.0.1/tcp/0", "--throughput", 1]
+    began = time.perf_counter()
+    with Process(workplace(), "serve", checkpoint("tiny"), *options) as server:
+        server.hello()
+        return time.perf_counter() - began
+
+
+def startup(repeats: int = 5) -> list[Row]:
+    """Question: how long until a server is online (tiny), over the bare time of importing torch, transformers
+    and hivemind; how many processes is it, and how much memory beyond its weights (mid, half of the blocks,
+    after a text)?"""
+    bare = [sys.executable, "-c", "import torch, transformers, hivemind"]
+    took = in_turn(
+        repeats,
+        imports=lambda: seconds(subprocess.run, bare, check=True, env=os.environ | QUIET),
+        online=beginning,
+    )
+    print(f"the imports alone: {statistics.median(took['imports']):.2f} s")
+    beyond = [online - imports for online, imports in zip(took["online"], took["imports"], strict=True)]
+    held = sum(weight.nbytes for weight in alone("mid").model.layers.parameters()) / 2 / 2**20
+    with servers("mid", 2) as swarm:
+        swarm.client().generate(ids_of("mid", 1, 16), max_new_tokens=4, do_sample=False)
+        families = [swarm.processes[host].family() for host in swarm.hosts]
+        memories = [sum(map(memory, family)) - held for family in families]
+    return conclude(
+        "startup",
+        Row("tiny, exec to online, beyond importing torch, transformers, hivemind", beyond, 1, unit=" s"),
+        Row("processes of a server", [len(family) for family in families], 4, 13),
+        Row("mid, memory (PSS) of a server beyond its weights", memories, 450, 1000, " MiB"),
+        **{f"{name}_s": some for name, some in took.items()},
+    )
+
+
+# ============================================================================================================
+# Over slow links
+# ============================================================================================================
+
+
+def set_links(swarm: Faults, client_ms: float, server_ms: float, client_mbit: float | None) -> None:
+    for a, b in itertools.combinations(swarm.net.hosts, 2):
+        swarm.net.set_delay(a, b, client_ms if "client" in (a, b) else server_ms)
+    swarm.net.set_rate("client", client_mbit)
+
+
+def client_bytes(swarm: Faults) -> int:
+    """Bytes that passed the client's link so far, both ways, headers included."""
+    with swarm.net.enter("client"):
+        lines = Path("/proc/thread-self/net/dev").read_text().splitlines()
+    words = next(line for line in lines if "tun0:" in line).split(":")[1].split()
+    return int(words[0]) + int(words[8])  # received, sent
+
+
+def token_ms(model, tokens: int) -> float:
+    """Median milliseconds of a decoded token."""
+    clock, ids = Clock(), torch.ones(1, 16, dtype=torch.int64)
+    model.generate(ids, max_new_tokens=tokens, do_sample=False, stopping_criteria=[clock])
+    return 1e3 * statistics.median([b - a for a, b in itertools.pairwise(clock.times)][3:])
+
+
+def large_requests(swarm: Faults, model, prompt: int) -> dict[str, float]:
+    """Seconds and bytes on the client's link of a prompt and of a forward pass."""
+    hidden, found = model.config.hidden_size, {}
+    # closing: within the session's own context a forward pass would be its next step
+    with contextlib.closing(model.remote.inference_session(max_length=prompt)) as session:
+        session.step(torch.empty(1, 0, hidden))
+        for name, run in (
+            (f"prompt [1, {prompt}]", lambda: session.step(torch.randn(1, prompt, hidden))),
+            ("forward [8, 128]", lambda: model.remote(torch.randn(8, 128, hidden))),
+        ):
+            before = client_bytes(swarm)
+            found[f"{name} s"] = round(seconds(run), 3)
+            found[f"{name} MB"] = round((client_bytes(swarm) - before) / 1e6, 2)
+    return found
+
+
+@torch.inference_mode()
+def wan(tokens: int = 32, most: int = 4, prompt: int = 1024) -> list[Row]:
+    """Question: what does a token cost over slow links (mid; 5, 50 and 100 ms one way and 100 Mbit/s on the
+    client's link, 1 ms between servers; 1, 2, 4 servers)? The floor: one trip around the chain, and what the
+    same servers take on links without delay. And a prompt, and a forward pass: seconds, bytes."""
+    rows, details = [], {}
+    for count in [count for count in (1, 2, 4) if count <= most]:
+        with servers("mid", count, slow=True, client_ms=0, server_ms=0) as swarm:
+            compute = token_ms(swarm.client(), tokens)
+            large = {0: large_requests(swarm, swarm.client(), prompt)}
+            over = []
+            for ms in (5, 50, 100):
+                set_links(swarm, ms, 1, 100)
+                model, floor = swarm.client(), 2 * ms + (count - 1) + compute
+                took = token_ms(model, tokens)
+                large[ms] = large_requests(swarm, model, prompt)
+                over.append(took / floor)
+                print(f"{count} servers, {ms} ms: floor {floor:.1f} ms, {took:.1f} ms a token", flush=True)
+            for ms, found in large.items():
+                print(f"{count} servers, {ms} ms: " + ", ".join(f"{k} {v}" for k, v in found.items()))
+        what = f"mid, {count} servers, 5, 50, 100 ms away: a token's time over one trip + compute"
+        rows.append(Row(what, over, 1.15))
+        details[count] = {"compute_ms": compute, "large": large}
+    return conclude("wan", *rows, servers=details)
+
+
+@torch.inference_mode()
+def speculate(model: str | None = None, repeats: int = 3, tokens: int = 64) -> list[Row]:
+    """Question: what does prompt lookup bring over a link of 50 ms, where the text repeats (SmolLM2, two
+    servers)?"""
+    path = Path(model or pm._demo_checkpoint())
+    text = "The quick brown fox jumps over the lazy dog and runs away into the dark forest. " * 6
+    ids = AutoTokenizer.from_pretrained(path)(text, return_tensors="pt").input_ids
+    with servers(path, 2, slow=True, client_ms=50, server_ms=1) as swarm:
+        swarm_model = swarm.client()
+        swarm_model.generation_config.eos_token_id = None
+        took = in_turn(
+            repeats,
+            plain=lambda: per_token(swarm_model, ids, tokens),
+            lookup=lambda: per_token(swarm_model, ids, tokens, prompt_lookup_num_tokens=10),
+        )
+    speed = {name: 1 / statistics.median(some) for name, some in took.items()}
+    print(f"one trip, 101 ms: at most 9.90 tokens/s if each token is one; plain {speed['plain']:.2f}, "
+          f"prompt lookup {speed['lookup']:.2f}")  # fmt: skip
+    gain = quotients(took["plain"], took["lookup"])
+    row = Row("SmolLM2, 50 ms away, prompt lookup over plain: tokens/s", gain, 2, more=True)
+    return conclude("speculate", row, tokens_per_s=speed)
+
+
+# ============================================================================================================
+# With size
+# ============================================================================================================
+
+
+def growth_with_context(name: str, longest: int, steps: int = 12) -> Row:
+    """How the time of a step grows with the context, over how the bytes that it reads grow: weights, keys and
+    values."""
+    reference, found = alone(name), {}
+    config, weights = reference.config, sum(w.nbytes for w in reference.model.layers.parameters())
+    cached = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # per token
+    with servers(name, 2, "--inference_max_length", 16384) as swarm:
+        model = swarm.client()
+        with model.remote.inference_session(max_length=longest + steps) as session:
+            for length in [128 << i for i in range(20) if 128 << i <= longest]:
+                while session.position < length:
+                    more = min(512, length - session.position)
+                    session.step(torch.randn(1, more, config.hidden_size))
+                x = torch.randn(1, 1, config.hidden_size)
+                found[length] = statistics.median(seconds(session.step, x) for _ in range(steps))
+                session.position = length
+                print(f"context {length:5}: {1e3 * found[length]:.2f} ms a token, "
+                      f"{(weights + cached * length) / 1e6:.0f} MB read", flush=True)  # fmt: skip
+    read = (weights + cached * longest) / (weights + cached * 128)
+    grown = found[longest] / found[128]
+    return Row(f"{name}, context 128 to {longest}: growth of a token's time over that of the bytes read",
+               [grown / read], 1.0)  # fmt: skip
+
+
+def growth_with_sessions(steps: int = 20) -> tuple[Row, dict]:
+    """A step's time and the server's memory, with 1 to 64 sessions that step at once."""
+    figures = {}
+    with servers("tiny", 1) as swarm:
+        model, (peer,) = swarm.client(), swarm.host_of
+        for count in (1, 4, 16, 64):
+            speed, rows = stepping(model, peer, count, steps)
+            ms, mib = 1e3 * count / speed, sum(map(memory, swarm.processes["server1"].family()))
+            print(
+                f"{count:2} sessions: {ms:.2f} ms a step, {rows:.1f} rows per pass, {mib:.0f} MiB", flush=True
+            )
+            figures[count] = {"ms": round(ms, 3), "rows_per_pass": round(rows, 2), "mib": round(mib)}
+    gain = 64 * figures[1]["ms"] / figures[64]["ms"]
+    row = Row("tiny, 64 clients that only step over one: steps/s", [gain], more=True)
+    return row, figures
+
+
+class Archive:
+    """Stands for a directory of 1,000 servers: answers as `Swarm.get` does, with records as hivemind hands
+    them over, which are read and checked as those of strangers are."""
+
+    peer_id = None
+
+    def __init__(self, count: int, blocks: int):
+        chance, self.entries = random.Random(0), {}
+        for number in range(count):
+            name = pm.PeerID(b"\x12\x20" + number.to_bytes(32, "big")).to_base58()
+            first = chance.randrange(blocks - 8)
+            last = first + chance.randint(4, min(16, blocks - first))
+            info = pm.ServerInfo(pm.ONLINE, 10 + chance.random(), first, last)
+            info.inference_rps = 100 + chance.random()
+            for uid in pm.block_uids("m-hf", first, last):
+                value = pm.MSGPackSerializer.dumps(info.to_record())
+                self.entries.setdefault(uid, {})[name] = value
+
+    async def get(self, keys: list[str]) -> dict[str, dict]:
+        def read(value: bytes) -> SimpleNamespace:
+            return SimpleNamespace(value=pm.RecordSerializer.loads(value), expiration_time=1e9)
+
+        return {key: {name: read(value) for name, value in self.entries[key].items()} for key in keys}
+
+
+def routing(count: int = 1000, blocks: int = 80, repeats: int = 9) -> list[Row]:
+    """A reading of the directory and a choice of route, in a swarm that is simulated."""
+    config = AutoConfig.for_model("llama", num_hidden_layers=blocks)
+    config = pm.ClientConfig(dht_prefix="m-hf").attach_to(config, {"show_route": False})
+    config.dht_prefix = "m-hf"
+    archive = Archive(count, blocks)
+    router, chance = pm.Router(archive, config), random.Random(0)
+
+    async def refresh() -> None:
+        router.spans = pm.spans_of(await pm.read_directory(archive, "m-hf", blocks))
+
+    refreshed = [seconds(pm.wire().call, refresh()) for _ in range(repeats)]
+    router.pings = {span.peer: chance.uniform(0.01, 0.3) for span in router.spans}
+    chosen = [1e3 * seconds(router.fastest, 0, blocks, 1000) for _ in range(repeats)]
+    what = f"{count} servers, {blocks} blocks"
+    return [
+        Row(f"{what}: a route", chosen, 50, unit=" ms"),
+        Row(f"{what}: a reading of the directory, network apart", [1e3 * s for s in refreshed], unit=" ms"),
+    ]
+
+
+@torch.inference_mode()
+def scale(model: str = "mid", longest: int = 8192) -> list[Row]:
+    """Question: how does it grow: a token's time with the context (mid, two servers), a step's time and
+    memory with the number of sessions (tiny), a route with the number of servers?"""
+    rows = routing()
+    sessions, figures = growth_with_sessions()
+    return conclude("scale", growth_with_context(model, longest), sessions, *rows, sessions=figures)
+
+
+# ============================================================================================================
+# Under faults
+# ============================================================================================================
 
 
 @contextlib.contextmanager
@@ -477,7 +1102,7 @@ def quality(model: str | None = None, rows: int = 4, tokens: int = 512) -> None:
 
 
 @torch.no_grad()
-def decode(tokens: int = 60) -> None:
+def smaller_weights(tokens: int = 60) -> None:
     """Question: what do smaller weights bring in speed? Steps of one row through a server of a Llama of 252M
     weights (15 blocks) on this CPU, all formats in turn. The ceiling is the weights' bytes at the speed of
     memory."""
@@ -637,19 +1262,92 @@ def backward(rows: int = 8, tokens: int = 128, repeats: int = 5) -> None:
            transformers_s=round(theirs, 2), ratio=round(ours / theirs, 2))  # fmt: skip
 
 
+# ============================================================================================================
+# All of it, and the command line
+# ============================================================================================================
+
+# What is compared with transformers alone, or with a floor; and how little of it makes the short form.
+SHORT = {
+    overhead: dict(repeats=5, tokens=32),
+    decode: dict(repeats=3, tokens=16),
+    clients: dict(repeats=1, tokens=16, steps=10),
+    prefill: dict(repeats=1),
+    forward: dict(repeats=1),
+    startup: dict(repeats=2),
+    wan: dict(tokens=12, most=2, prompt=256),
+    scale: dict(model="tiny", longest=2048),
+    speculate: dict(repeats=1, tokens=32),
+}
+COMMANDS = [*SHORT, chaos, soak, chain, kernels, quality, backward, train]
+
+
+def everything(plot: str = "") -> None:
+    """A short form of all of it, then the README's table, and a picture of it in the file `plot`."""
+    if plot:
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError:
+            raise Unavailable("--plot needs matplotlib: pip install 'petals-min[bench]'") from None
+    table: dict[str, list[Row]] = {}
+    for command, options in SHORT.items():
+        print(f"\n--- {command.__name__} {options}", flush=True)
+        try:
+            table[command.__name__] = command(**options)
+        except (Unavailable, pm.PetalsError) as error:
+            print(f"not measured: {error}")
+    print("\n| command | question | measured: median (min to max) | wanted | Petals |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, rows in table.items():
+        for row in rows:
+            print(f"| `{name}` | {' | '.join(row.cells())} |")
+    if plot:
+        draw(plt, table, plot)
+    figures = {name: [row.summary for row in rows] for name, rows in table.items()}
+    report(bench="all", short=True, cores=os.cpu_count(), load=os.getloadavg()[0], figures=figures)
+
+
+def draw(plt, table: dict[str, list[Row]], file: str) -> None:
+    """Each figure by how many times better than wanted it is; dots: Petals."""
+    rows = [(name, row) for name, rows in table.items() for row in rows if row.wanted is not None]
+    figure, axes = plt.subplots(figsize=(11, 1 + 0.4 * len(rows)), layout="constrained")
+
+    def better(row: Row, value: float) -> float:
+        return value / row.wanted if row.more else row.wanted / value
+
+    for place, (_, row) in enumerate(rows):
+        low, middle, high = sorted(better(row, row.summary[key]) for key in ("min", "median", "max"))
+        axes.barh(place, middle, xerr=[[middle - low], [high - middle]], color="C0" if middle >= 1 else "C1")
+        if row.petals is not None:
+            axes.plot(better(row, row.petals), place, "ko")
+    axes.axvline(1, color="black")
+    axes.set(xscale="log", xlabel="times better than wanted (black dot: Petals)")
+    axes.set_yticks(range(len(rows)), [f"{name}: {row.question}"[:90] for name, row in rows], fontsize=8)
+    axes.invert_yaxis()
+    figure.savefig(file, dpi=150)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("chaos").add_argument("--generations", type=int, default=100)
-    commands.add_parser("soak").add_argument("--minutes", type=float, default=30)
-    commands.add_parser("chain").add_argument("--tokens", type=int, default=60)
-    commands.add_parser("kernels")
-    commands.add_parser("quality").add_argument("--model")
-    commands.add_parser("decode").add_argument("--tokens", type=int, default=60)
-    commands.add_parser("backward").add_argument("--repeats", type=int, default=5)
-    commands.add_parser("train").add_argument("--steps", type=int, default=40)
+    parser = argparse.ArgumentParser(description="Without a command: a short form of all, and a table.")
+    parser.add_argument("--plot", default="", metavar="FILE.png", help="draw that table, too")
+    commands = parser.add_subparsers(dest="command")
+    for function in COMMANDS:
+        command = commands.add_parser(function.__name__, description=function.__doc__)
+        for name, default in inspect.signature(function).parameters.items():
+            kind = str if default.default is None else type(default.default)
+            how = {"action": "store_true"} if kind is bool else {"type": kind, "default": default.default}
+            command.add_argument(f"--{name}", **how)
     options = vars(parser.parse_args())
-    globals()[options.pop("command")](**options)
+    name = options.pop("command")
+    sys.stdout.reconfigure(line_buffering=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers end with us
+    try:
+        if name is None:
+            everything(**options)
+        else:
+            del options["plot"]
+            globals()[name](**options)
+    except Unavailable as error:
+        sys.exit(f"bench.py: {error}")
 
 
 if __name__ == "__main__":

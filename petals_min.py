@@ -420,6 +420,7 @@ class ClientConfig:
     allowed_quant_types: Sequence[str] | None = None  # such as ["none", "int8"]; None: servers of any
     use_server_to_server: bool = True  # let servers push their outputs to each other
     show_route: bool | str = "inference"  # log routes: of "inference" sessions, True: all, False: none
+    trace: bool = False  # measure where each step's time goes: `session.trace`
     connect_timeout: float = 5
     request_timeout: float = 3 * 60
     alloc_timeout: float = 60  # how long a server may queue us for room in its cache
@@ -1025,11 +1026,12 @@ async def read_directory(swarm: Swarm, prefix: str, count: int) -> list[dict[Pee
     itself."""
     uids, latest = block_uids(prefix, 0, count), {}  # peer -> the end of its latest record, and its blocks
     found, table = await swarm.get(uids), [{} for _ in uids]
+    peer_of = functools.cache(PeerID.from_base58)  # a server has a record for each of its blocks
     for uid, servers in zip(uids, table, strict=True):
         for name, entry in found[uid].items() if isinstance(found[uid], dict) else ():
             try:
                 expect(_text(name), "a peer id", name)  # note: base58 of a megabyte takes hours
-                peer, info = PeerID.from_base58(name), ServerInfo.from_record(entry.value)
+                peer, info = peer_of(name), ServerInfo.from_record(entry.value)
                 end = entry.expiration_time, info.start_block or -1, info.end_block or -1
                 servers[peer], latest[peer] = info, max(latest.get(peer, end), end)
             except Exception as error:
@@ -1417,6 +1419,7 @@ class Hop:
         self.session_id = str(uuid.uuid4())
         # while it lives
         self.alive, self.history = False, History()
+        self.traces: list[dict] | None = [] if router.config.trace else None  # what came with each answer
         self.answers: dict[str, asyncio.Future] = {}  # step id -> its answer, in the order of answers
 
     @property
@@ -1446,6 +1449,8 @@ class Hop:
             terms["next_servers"] = [(hop.span.name, hop.session_id, hop.start, hop.end) for hop in onward]
         if self.ours:
             terms["push_from"] = self.upstream
+        if self.traces is not None:
+            terms["trace"] = True
         ids, own = NO_IDS if step.hypo_ids is None else step.hypo_ids, terms.pop("own", ())
         # not awaited: a frozen server would block it for ever; who waits for the answer watches the server
         _spawn(self._deliver([hidden, NOTHING if prompts is None else prompts, ids, *own], terms))
@@ -1466,6 +1471,8 @@ class Hop:
                 waiting = [answer for answer in self.answers.values() if not answer.done()]
                 if not waiting or not response.tensors:
                     raise PeerError("an answer came that nobody asked for", self.span.peer)
+                if self.traces is not None:
+                    self.traces.append(unpack_metadata(response))
                 waiting[0].set_result(await _off_loop(_size(response), unpack, response.tensors[0]))
         except Exception as error:
             self._fail(error)
@@ -1756,6 +1763,7 @@ class InferenceSession(transformers.Cache):
         self.reordered = False
         self.output_ids: Tensor | None = None  # [B, tokens] of the `generate` calls so far
         self._active, self._tokens = layers.active_session, []
+        self._seconds: list[float] = []  # of each step, if the config says `trace`
         # owned by the wire thread
         self._lock = asyncio.Lock()
         self._terms: tuple = ()  # batch size and padding for which the routes were made
@@ -1830,6 +1838,13 @@ class InferenceSession(transformers.Cache):
         """The servers in use, in order; empty before the first step."""
         return [hop.span for route in self._routes for hop in route.hops if hop.span is not None]
 
+    @property
+    def trace(self) -> tuple[list[float], list[list[dict]]]:
+        """With `trace=True` in the config: seconds of each step; and for each server of the route, what it
+        said of each step, the opening one included: seconds of its `queue` and `compute`. The rest is
+        wire."""
+        return self._seconds, [hop.traces for route in self._routes for hop in route.hops]
+
     def step(self, hidden: Tensor, prompts: Tensor | None = None, hypo_ids: Tensor | None = None) -> Tensor:
         """Run [B, T, H] new tokens (T may be 0) through the blocks; returns [B, T, H] of the same dtype and
         device.
@@ -1853,8 +1868,11 @@ class InferenceSession(transformers.Cache):
         if order is not None and torch.equal(order, torch.arange(len(order))):
             order = None
         step = Step(past, _on_cpu(hidden), _on_cpu(prompts, hidden.dtype), order)
-        self.batch_size_ = len(hidden)
-        return wire().call(self._run(step)).to(hidden.device, hidden.dtype)
+        self.batch_size_, began = len(hidden), time.perf_counter()
+        output = wire().call(self._run(step)).to(hidden.device, hidden.dtype)
+        if self.config.trace:
+            self._seconds.append(time.perf_counter() - began)
+        return output
 
     def _start_over_unless(self, rows: int) -> None:
         """With another batch size than its own a session starts over at position 0."""
@@ -2794,6 +2812,8 @@ class Work:
     tables: RowTables | None = None
     start: int = 0  # of a step, as are these
     hypo_ids: Sequence[int] = ()
+    # if its client asks for a trace: when it was submitted, and when each of its passes began and ended
+    moments: list[float] | None = None
     # the executor's own
     future: asyncio.Future = field(default_factory=asyncio.Future)  # of the result; wire thread
     done: int = 0  # tokens of each row already computed
@@ -2802,6 +2822,15 @@ class Work:
     @property
     def left(self) -> int:
         return self.hidden.shape[1] - self.done
+
+    def note_time(self) -> None:
+        if self.moments is not None:
+            self.moments.append(time.perf_counter())
+
+    def trace(self) -> dict[str, float]:
+        """Seconds that it waited and that its passes took."""
+        spans = [later - before for before, later in itertools.pairwise(self.moments)]
+        return {"queue": sum(spans[::2]), "compute": sum(spans[1::2])}
 
     def settle(self, result: Any) -> None:
         """Hand the result or an exception to whoever still waits for it. Wire thread."""
@@ -3007,6 +3036,7 @@ class _Part:
             to = {"dtype": executor.dtype, "device": executor.device}
             for index, own in work.own.items():
                 work.lora[index] = block_lora(executor.places, own, **to)
+        work.note_time()
         self.work, self.tokens = work, slice(work.done, work.done + portion)
         low, pads = work.start + work.done, work.tables.pads
         own = torch.arange(low, low + portion) - torch.tensor(pads)[:, None]  # a row's own positions
@@ -3032,6 +3062,7 @@ class _Part:
     def finish(self) -> None:
         self.work.output[:, self.tokens][self.real] = self.x.to("cpu")
         self.work.done = self.tokens.stop
+        self.work.note_time()
 
 
 # ============================================================================================================
@@ -3314,10 +3345,13 @@ class TransformerConnectionHandler(ServicerBase):
                 raise AllocationFailed(f"no room for LoRA: {held} bytes of {MAX_LORA_BYTES} in all sessions")
         what = {"tables": session.tables, "lora": session.lora, "own": own}
         work = Work(blocks, hidden, prompts, start=start, hypo_ids=order, **what)
+        work.moments = [time.perf_counter()] if metadata.get("trace") else None
         session.busy = self.executor.submit(work)
         output = await asyncio.shield(session.busy)
         session.position = end
         response = await self._response([output], metadata)
+        if work.moments:
+            response.metadata = MSGPackSerializer.dumps(work.trace())
         if metadata.get("next_servers"):
             # the next server first, then the client, on a slow link too; a frozen one is not waited for long
             push, size = _spawn(self._push(response.tensors[0], order, metadata)), _size(response)
