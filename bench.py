@@ -332,7 +332,7 @@ def light_clients(repeats: int, steps: int) -> tuple[Row, dict]:
     for n in LIGHT:
         print(f"{n:2} light clients: {speeds[n]:.1f} steps/s together, {rows[n]:.2f} rows per pass")
     gain = [turn[8][0] / turn[1][0] for turn in found]
-    row = Row("mid, float16, 8 clients that only step over one: steps/s", gain, 3, more=True)
+    row = Row("mid, float16, 8 clients that only step: steps/s over those of one", gain, 3, more=True)
     return row, {"light_steps_per_s": speeds, "rows_per_pass": rows}
 
 
@@ -359,10 +359,22 @@ def clients(repeats: int = 3, tokens: int = 32, steps: int = 20) -> list[Row]:
         )
     speed = {name: 1 / statistics.median(some) for name, some in took.items()}
     print(", ".join(f"{name} {value:.2f} tokens/s" for name, value in speed.items()))
-    what = "mid, four clients at once: tokens/s together over transformers alone, one thread"
+    what = "tokens/s together over transformers alone, one thread"
     rows = [
-        Row(f"{what}, float32", quotients(took["alone"], took["float32"]), 2.0, 1.3, more=True),
-        Row(f"{what}, float16", quotients(took["alone"], took["float16"]), 3.5, 1.3, more=True),
+        Row(
+            f"mid, float32, four clients at once: {what}",
+            quotients(took["alone"], took["float32"]),
+            2.0,
+            1.3,
+            more=True,
+        ),
+        Row(
+            f"mid, float16, four clients at once: {what}",
+            quotients(took["alone"], took["float16"]),
+            3.5,
+            1.3,
+            more=True,
+        ),
     ]
     row, light = light_clients(repeats, steps)
     return conclude("clients", *rows, row, tokens_per_s=speed, **light)
@@ -555,7 +567,7 @@ def wan(tokens: int = 32, most: int = 4, prompt: int = 1024) -> list[Row]:
                 print(f"{count} servers, {ms} ms: floor {floor:.1f} ms, {took:.1f} ms a token", flush=True)
             for ms, found in large.items():
                 print(f"{count} servers, {ms} ms: " + ", ".join(f"{k} {v}" for k, v in found.items()))
-        what = f"mid, {count} servers, 5, 50, 100 ms away: a token's time over one trip + compute"
+        what = f"mid, servers: {count}, 5, 50, 100 ms away: a token's time over one trip + compute"
         rows.append(Row(what, over, 1.15))
         details[count] = {"compute_ms": compute, "large": large}
     return conclude("wan", *rows, servers=details)
@@ -626,7 +638,7 @@ def growth_with_sessions(steps: int = 20) -> tuple[Row, dict]:
             )
             figures[count] = {"ms": round(ms, 3), "rows_per_pass": round(rows, 2), "mib": round(mib)}
     gain = 64 * figures[1]["ms"] / figures[64]["ms"]
-    row = Row("tiny, 64 clients that only step over one: steps/s", [gain], more=True)
+    row = Row("tiny, 64 clients that only step: steps/s over those of one", [gain], more=True)
     return row, figures
 
 

@@ -3492,6 +3492,7 @@ class Server:
             for index in progress(self.span):
                 how = self.dtype, self.device, self.kind
                 blocks[index] = load_block(self.checkpoint, self.config, index, *how)
+            Checkpoint._open.cache_clear()  # unmap the files: each weight would be in memory twice
             with contextlib.suppress(AttributeError):  # glibc's: give back what loading took
                 ctypes.CDLL(None).malloc_trim(0)
             specs = {index: block.spec for index, block in blocks.items()}
