@@ -3251,7 +3251,8 @@ def test_bad_adapters_are_refused_in_one_line(llama, main, tmp_path):
 
 @torch.no_grad()
 def test_a_long_prompt_goes_in_pieces(crowd, monkeypatch):
-    monkeypatch.setattr(pm, "ALONE_TOKENS", 32)
+    for server in crowd.servers:
+        monkeypatch.setattr(server.executor, "turn_tokens", 32)
     ids, before = some_ids(2, 100), [server.executor.passes for server in crowd.servers]
     with crowd.model.inference_session(max_length=100):
         close(crowd.model(ids).logits, crowd.reference(ids).logits)
@@ -3260,6 +3261,31 @@ def test_a_long_prompt_goes_in_pieces(crowd, monkeypatch):
         server.executor.passes - passes for server, passes in zip(crowd.servers, before, strict=True)
     ] == [pieces] * 2
     free_again(*crowd.servers)
+
+
+def test_a_token_waits_for_one_block_of_anothers_prompt(crowd, monkeypatch):
+    executor, seen, begun = crowd.servers[0].executor, [], threading.Event()
+    monkeypatch.setattr(executor, "turn_tokens", 16)
+
+    def watched(index: int, block: pm.Block, x: torch.Tensor, *more) -> torch.Tensor:
+        if not seen:  # in the prompt's first block: go on when the token is there
+            begun.set()
+            until(lambda: executor._inbox)
+        seen.append((index, len(x)))
+        return block(x, *more)
+
+    layers, prompt_, token = crowd.model.model.layers, torch.randn(1, 40, 48), torch.randn(1, 1, 48)
+    with layers.inference_session(max_length=40) as long, layers.inference_session(max_length=1) as short:
+        long.step(prompt_[:, :0])
+        short.step(token[:, :0])
+        for index, block in executor.blocks.items():
+            monkeypatch.setitem(executor.blocks, index, functools.partial(watched, index, block))
+        thread = threading.Thread(target=long.step, args=(prompt_,))
+        thread.start()
+        assert begun.wait(PATIENCE)
+        short.step(token)
+        thread.join(PATIENCE)
+    assert seen == [(0, 16), (0, 1), (1, 1), (1, 16), (0, 16), (1, 16), (0, 8), (1, 8)]
 
 
 @torch.no_grad()
