@@ -735,6 +735,7 @@ def chaos(generations: int = 100, seed: int = 0) -> None:
         for verb, some in stalls.items()
     }
     report(bench="chaos", generations=generations, wrong=wrong, **figures)
+    sys.exit(f"{wrong} texts were wrong" if wrong else 0)
 
 
 def memory(pid: int) -> float:
@@ -834,7 +835,10 @@ def soak(minutes: float = 30) -> None:
     """Question: does anything go wrong, hang, grow or leak when servers fail for half an hour?"""
     reference = make_model("llama")
     with faulty_swarm(reference, CHAOS_SPANS) as faults:
-        report(bench="soak", **endure(faults, reference, minutes))
+        figures = endure(faults, reference, minutes)
+    report(bench="soak", **figures)
+    bad = {name: figures[name] for name in ("wrong", "errors", "hung", "leaked_tokens") if figures[name]}
+    sys.exit(f"not as it should be: {bad}" if bad else 0)
 
 
 def chain(tokens: int = 60, client_ms: float = 50, server_ms: float = 1) -> None:

@@ -100,6 +100,7 @@ from typing import Any, AsyncIterator  # noqa: UP035 - hivemind reads typing's A
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 _start_method = multiprocessing.get_start_method(allow_none=True)
 import hivemind  # noqa: E402
@@ -219,6 +220,7 @@ class Wire(threading.Thread):
         self.loop = _Loop()
         super().__init__(target=self.loop.run_forever, name="petals-wire", daemon=True)
         self.swarms = weakref.WeakValueDictionary()  # clients' swarms by their initial peers or hivemind.DHT
+        self.joining = threading.Lock()  # whoever adds one
 
     def call(self, coroutine, timeout: float | None = None):
         """Run the coroutine in the wire thread and wait for its result; any thread but that one."""
@@ -456,8 +458,10 @@ def lora_targets(config: PretrainedConfig) -> dict[str, str]:
     known = [name for ours in ADAPTABLE for name in names.get(ours, "").split()]
     wanted = [name.split(".")[-1] for name in config.lora_targets or names["qkv"].split()]
     found = {name.split(".")[-1]: name for name in known if name.split(".")[-1] in wanted}
-    fits, rank = len(found) == len(set(wanted)), config.lora_rank
-    _require(fits and rank > 0, f"LoRA of {wanted}, rank {rank}: expected some of {known}, 1 or more")
+    rank, alpha = config.lora_rank, config.lora_alpha
+    fits = len(found) == len(set(wanted)) and type(rank) is int and rank > 0 and _number(alpha)
+    text = f"LoRA of {wanted}, rank {rank}, alpha {alpha}: expected some of {known}, 1 or more, 0 or more"
+    _require(fits, text)
     _require(not config.active_adapter, "active_adapter or one's own LoRA (tuning_mode): choose one")
     return found
 
@@ -753,9 +757,11 @@ class Stream:
                 raise
 
 
-async def call_large(p2p: P2P, peer: PeerID, rpc: str, request: ExpertRequest, timeout: float) -> Any:
-    """rpc_forward or rpc_backward, by stream when the request is large."""
-    if _size(request) <= STREAM_BYTES:
+async def call_large(
+    p2p: P2P, peer: PeerID, rpc: str, request, answer: int, timeout: float
+) -> ExpertResponse:
+    """rpc_forward or rpc_backward, by stream when the request, or the answer of so many bytes, is large."""
+    if max(_size(request), answer) <= STREAM_BYTES:
         return await call(p2p, peer, rpc, request, ExpertResponse, timeout)
     with contextlib.closing(await Stream.open(p2p, peer, f"{rpc}_stream", timeout)) as stream:
         return await _within(timeout, peer, stream.converse(request))
@@ -845,11 +851,12 @@ class Swarm:
         if isinstance(dht, Swarm):
             return dht
         swarms, key = wire().swarms, dht or tuple(config.initial_peers)
-        swarm = swarms.get(key)
-        if swarm is None:
-            join = Swarm.borrow(dht) if dht else Swarm.join(config.initial_peers, client_mode=True)
-            swarm = swarms[key] = wire().call(join)
-        return swarm
+        with wire().joining:
+            swarm = swarms.get(key)
+            if swarm is None:
+                join = Swarm.borrow(dht) if dht else Swarm.join(config.initial_peers, client_mode=True)
+                swarm = swarms[key] = wire().call(join)
+            return swarm
 
     async def addresses(self) -> list[str]:
         return [str(address) for address in await self.p2p.get_visible_maddrs(latest=True)]
@@ -1225,11 +1232,15 @@ class Router:
         rate = info.inference_rps or info.throughput or DEFAULT_RPS
         return half, HOP_SECONDS + CACHE_PENALTY * short, 1 / max(rate, 1e-6)
 
-    def spread(self, start: int, end: int) -> list[Span]:
-        """A route for one forward or backward request: servers drawn with a chance in proportion to
-        throughput."""
+    def spread(self, start: int, end: int, tokens: int = 0) -> list[Span]:
+        """A route for one forward or backward request of rows of so many tokens: servers drawn with a chance
+        in proportion to throughput."""
         route: list[Span] = []
-        for index, spans in enumerate(self._usable(start, end), start):
+
+        def fits(span: Span) -> bool:
+            return (span.info.max_length or tokens) >= tokens
+
+        for index, spans in enumerate(self._usable(start, end, fits), start):
             if not route or route[-1].end == index:
                 span = random.choices(spans, [max(span.info.throughput, 1e-3) for span in spans])[0]
                 route.append(dataclasses.replace(span, start=index, end=min(span.end, end)))
@@ -1578,7 +1589,8 @@ class Route:
         named = all(hop.upstream == before.span.name for before, hop in itertools.pairwise(hops))
         small = step.hidden.numel() * 4 <= MAX_UNARY_BYTES
         plain = step.hypo_ids is None and not rewound
-        if not (named and small and step.prompts is None and (plain or all(hop.ours for hop in hops))):
+        pushes = self.config.use_server_to_server and named and small and step.prompts is None
+        if not (pushes and (plain or all(hop.ours for hop in hops))):
             return await self._carry(step, hops)
         for hop in hops[1:] if rewound else ():  # a rewind is the client's word alone
             hop.send(Step(step.start, step.hidden[:, :0]), step.hidden[:, :0])
@@ -1644,6 +1656,7 @@ class Route:
                 self.router.succeeded(hop.span.peer)
         if step.hypo_ids is not None:
             self.prompts = {at: _prompts_of(given, rows=step.hypo_ids) for at, given in self.prompts.items()}
+            self.left_pad = [self.left_pad[row] for row in step.hypo_ids] if self.left_pad else []
         if step.prompts is not None:
             self.prompts[step.start] = step.prompts
         later = [hop.history for hop in self.hops[1:]]
@@ -1718,6 +1731,20 @@ def _require(holds: Any, otherwise: str) -> None:
         raise UserError(otherwise)
 
 
+def _check(config: PretrainedConfig, blocks: range, hidden: Tensor, prompts: Tensor | None, left_pad) -> None:
+    """What the blocks are given, before anything is sent. UserError."""
+    size, shape = config.hidden_size, list(hidden.shape)
+    fits = len(shape) == 3 and shape[0] and shape[2] == size and hidden.is_floating_point()
+    _require(fits, f"expected hidden states [B, T, {size}], {shape} {hidden.dtype} came")
+    B, T, _ = shape
+    if prompts is not None:
+        came, most = list(prompts.shape), [len(blocks), B, T, size]
+        fits = len(came) == 4 and came[0] == most[0] and came[1] in (1, B) and came[2] <= T
+        _require(fits and came[3] == size, f"deep prompts {came}: expected [blocks, B or 1, P, H] of {most}")
+    fits = len(left_pad) in (0, B) and all(pad >= 0 for pad in left_pad)
+    _require(fits, f"left_pad {list(left_pad)}: expected a count for each of {B} rows")
+
+
 def _on_cpu(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     """What may go to the wire thread, or stay there as history: a copy, for its owner may write into it."""
     return None if tensor is None else tensor.detach().to("cpu", dtype, copy=True)
@@ -1744,7 +1771,8 @@ class InferenceSession(transformers.Cache):
     session: `step`, `position`, `max_length`, `close`, a context manager. Public methods may be called from
     any thread, one at a time. Nothing is opened before the first step; the batch size is the first step's.
 
-    max_length: tokens per row that the servers reserve room for. left_pad: for each row, how many of the
+    max_length: tokens per row that the servers reserve room for; None: what the first `generate` needs, 2048
+    at most where a step comes first. left_pad: for each row, how many of the
     first tokens are padding, which no server computes (PROTOCOL.md, "What petals_min adds").
     """
 
@@ -1854,17 +1882,17 @@ class InferenceSession(transformers.Cache):
         sent; PeerError or MissingBlocksError when `max_retries` are spent: the session then stands where it
         stood.
         """
-        size = self.config.hidden_size
-        fits = hidden.ndim == 3 and hidden.shape[2] == size and hidden.is_floating_point()
-        _require(fits, f"expected hidden states [B, T, {size}], {list(hidden.shape)} {hidden.dtype} came")
         _require(not self.closed, "this session is closed; open another with model.inference_session()")
-        self._start_over_unless(len(hidden))
+        if hidden.ndim == 3:
+            self._start_over_unless(len(hidden))
+        _check(self.config, self.blocks, hidden, prompts, self.left_pad)
         self.max_length = self.max_length or min(2048, getattr(self.config, "max_position_embeddings", 2048))
         T, past, most = hidden.shape[1], self._position, self.max_length
         _require(past + T <= most, f"prefix {past} + current {T} exceeds pre-allocated maximum {most} tokens")
-        if prompts is not None:
-            _require(prompts.shape[2] <= T, f"deep prompts of {prompts.shape[2]} tokens for a step of {T}")
-        order = _then(self._reorder, _on_cpu(hypo_ids, torch.int64))
+        rows, ids = len(hidden), _on_cpu(hypo_ids, torch.int64)
+        fits = ids is None or (ids.shape == (rows,) and ids.min() >= 0 and ids.max() < rows)
+        _require(fits, f"hypo_ids {ids}: expected [B] of rows 0 to {rows - 1}")
+        order = _then(self._reorder, ids)
         if order is not None and torch.equal(order, torch.arange(len(order))):
             order = None
         step = Step(past, _on_cpu(hidden), _on_cpu(prompts, hidden.dtype), order)
@@ -2004,6 +2032,9 @@ class RemoteSequential(nn.Module):
         session = self.active_session.get()
         if session is not None and session.blocks == self.blocks:
             return session.step(hidden, prompts)
+        _check(self.config, self.blocks, hidden, prompts, left_pad)
+        T, pad = hidden.shape[1], max(left_pad, default=0)
+        _require(pad < T, f"rows of {T} tokens, {pad} of them padding: nothing is left to compute")
         return _RemoteForward.apply(self, hidden, prompts, left_pad or [0] * len(hidden), *self.own_lora())
 
 
@@ -2038,6 +2069,7 @@ class _RemoteForward(torch.autograd.Function):
         return _put_together(local, ctx.places, outputs).to(hidden.device, hidden.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
         local, for_prompts = _on_cpu(grad), None
         run = functools.partial(remote_backward, ctx.layers.router, ctx.layers.blocks.start)
@@ -2064,7 +2096,7 @@ async def remote_forward(router: Router, blocks: range, hidden: Tensor, tuned: T
     while at < blocks.stop:
         try:
             await router.refresh(max_age=router.config.update_period, wait=False)
-            span = router.spread(at, blocks.stop)[0]
+            span = router.spread(at, blocks.stop, hidden.shape[1])[0]
             part = _tuned_of(tuned, slice(at - blocks.start, span.end - blocks.start))
             output, *_ = await _request(router, span, "rpc_forward", [hidden], part)
             if router.config.show_route is True:
@@ -2105,7 +2137,8 @@ async def _request(router: Router, span: Span, rpc: str, tensors: list, tuned: T
         due += own
     tensors = [*tensors, NOTHING if prompts is None else prompts, *own]
     request = await _off_loop(sum(t.nbytes for t in tensors), pack_request, uid, tensors, metadata)
-    response = await call_large(router.swarm.p2p, span.peer, rpc, request, router.config.request_timeout)
+    size, patience = 4 * sum(tensor.numel() for tensor in due), router.config.request_timeout
+    response = await call_large(router.swarm.p2p, span.peer, rpc, request, size, patience)
     try:
         answer = await _off_loop(_size(response), lambda: [unpack(tensor) for tensor in response.tensors])
     except Exception as error:
@@ -2243,6 +2276,8 @@ class _Base(_Distributed):
         hidden = self.get_input_embeddings()(input_ids) if embeds is None else embeds
         past, begins, deep, P = 0, True, None, 0
         if session is not None:
+            ours = layers.blocks
+            _require(session.blocks == ours, f"a session of {session.blocks}: this takes one of {ours}")
             session._start_over_unless(len(hidden))
             past, begins = session.get_seq_length(), not session.position
         left_pad = _left_pad(attention_mask, position_ids, hidden, past)
@@ -2274,7 +2309,8 @@ def _left_pad(mask: Tensor | None, position_ids: Tensor | None, hidden: Tensor, 
     if position_ids is not None:
         given, plain = position_ids.to("cpu"), places[past:]
         ways = plain, (plain - first).clamp(min=0)
-        fits = given.shape[-1] == len(plain) and any((given == way).all() for way in ways)
+        fits = given.shape[-1] == len(plain)  # what stands at padding does not matter
+        fits = fits and any(((given == way) | ~ones[:, past:]).all() for way in ways)
         _require(fits, "position_ids: expected tokens one after the other, padding not counted")
     return first.flatten().tolist() if first.any() else []
 
@@ -2298,7 +2334,12 @@ class _CausalLM(_Distributed):
                 session = ours.enter_context(contextlib.closing(self.inference_session()))
             elif cache is None:  # with past_key_values= the inputs are the whole text, as transformers has it
                 inputs, seen = self._resume(session, inputs, kwargs)
-            result = super().generate(inputs, *args, past_key_values=session, **kwargs)
+            try:
+                result = super().generate(inputs, *args, past_key_values=session, **kwargs)
+            except BaseException:
+                if cache is None and session.output_ids is not None:  # what it left in the caches goes
+                    session.keep(min(session.get_seq_length(), session.output_ids.shape[1]))
+                raise
             plain = isinstance(result, Tensor)
             if not plain:
                 ours.pop_all()  # the result holds the session: it is closed when it is dropped
@@ -2319,13 +2360,16 @@ class _CausalLM(_Distributed):
         """Put the session's text so far before the inputs, and its mask before theirs; returns also its
         length."""
         past, given = session.output_ids, kwargs.get("attention_mask")
-        if past is None:  # tokens that came as hidden states have stand-ins for their ids
-            some = session.batch_size_ or 1, session.get_seq_length()
-            past = torch.zeros(*some, dtype=int, device=self.device)
+        if past is None:
+            past = torch.zeros(session.batch_size_ or 1, 0, dtype=int, device=self.device)
+        unknown = session.get_seq_length() - past.shape[1]
+        if unknown > 0:  # tokens that came by `step` or a forward pass have stand-ins for their ids
+            _require(inputs is not None, "generate(None) goes on from a text: this session ends in steps")
+            past = F.pad(past, (0, unknown))
         if inputs is not None and len(inputs) != len(past):  # another batch: nothing to go on from
             past = inputs[:, :0]
         whole = past if inputs is None else torch.cat([past, inputs.to(past.device)], dim=1)
-        # what an interrupted call left in the caches goes; and something must be left to compute
+        # something must be left to compute
         usable = 0 if session.reordered or len(past) != session.batch_size_ else past.shape[1]
         session.keep(max(0, min(session.get_seq_length(), usable, whole.shape[1] - 1)))
         session.output_ids = past
@@ -2620,10 +2664,14 @@ def clients_lora(metadata: dict, matrices: list[Tensor], places: dict, most: int
     count, rank, *_ = *(shapes or [[]])[0], 0, 0
     expect(rank <= most, f"LoRA of at most rank {most} (this server's --max_lora_rank)", f"rank {rank}")
     due = [[count, *shape] for name in names for shape in places[name].shapes(rank)]
-    fits = shapes == due and all(matrix.is_floating_point() for matrix in matrices)
-    expect(fits and first + count <= len(blocks), f"LoRA's matrices {due} of {len(blocks)} blocks", shapes)
+    fits = shapes == due and all(matrix.dtype == torch.float32 for matrix in matrices)
+    expect(
+        fits and first + count <= len(blocks),
+        f"LoRA's matrices, float32 {due} of {len(blocks)} blocks",
+        shapes,
+    )
     halves = list(zip(names, matrices[::2], matrices[1::2], strict=True))
-    parts = [[(name, A[i].float(), B[i].float(), scale) for name, A, B in halves] for i in range(count)]
+    parts = [[(name, A[i], B[i], scale) for name, A, B in halves] for i in range(count)]
     return dict(zip(blocks[first:], parts, strict=False))
 
 
@@ -2631,6 +2679,7 @@ def clients_lora(metadata: dict, matrices: list[Tensor], places: dict, most: int
 _PLAIN_LORA = {"peft_type": ("LORA",), "bias": (None, "none")}
 _PLAIN_LORA |= {"init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal")}
 _NOT_LORA = "use_dora modules_to_save lora_bias layer_replication fan_in_fan_out use_qalora"
+_NOT_LORA += " alora_invocation_tokens"
 _PLAIN_LORA |= dict.fromkeys(_NOT_LORA.split(), (None, False, [], {}))
 
 
@@ -2647,6 +2696,13 @@ class AdapterCheckpoint:
         _require(fits, f"adapter_config.json of {name!r}: expected a dict with lora_alpha, {said!r:.99} came")
         more = [f"{key}={said[key]!r:.60}" for key, fit in _PLAIN_LORA.items() if said.get(key) not in fit]
         _require(not more, f"adapter {name!r} has {', '.join(more)}: expected plain LoRA of the blocks alone")
+        self.alphas = said.get("alpha_pattern") or {}
+        fits = isinstance(self.alphas, dict) and all(map(_number, self.alphas.values()))
+        # note: the keys are regular expressions; names and dots alone cannot run for ever
+        fits = fits and all(re.fullmatch(r"\^?[\w.\\]+", form) for form in self.alphas)
+        _require(
+            fits, f"adapter {name!r}: expected names with numbers as alpha_pattern, {self.alphas!r:.99} came"
+        )
         self.found: dict[int, dict[str, dict[str, str]]] = {}  # block -> its matrix -> A or B -> tensor
         layer = rf"(?:model\.|transformer\.)?{family_of(config).layers}\.(\d+)"
         for tensor in self.checkpoint.files:
@@ -2662,14 +2718,14 @@ class AdapterCheckpoint:
             fits = name in places and both.keys() == {"A", "B"}
             _require(fits, f"{text} both lora_A and lora_B of one of {', '.join(places)}")
             A, B = (self.checkpoint.read(both[half]) for half in "AB")
-            shapes, wanted = [list(A.shape), list(B.shape)], places[name].shapes(len(A))
-            _require(shapes == wanted, f"{text} shapes {wanted}, {shapes} came")
+            shapes, wanted = [list(A.shape), list(B.shape)], places[name].shapes((*A.shape, 0)[0])
+            _require(shapes == wanted and len(A), f"{text} shapes {wanted}, {shapes} came")
             parts.append((name, A, B, self._scale(both["A"], len(A))))
         return block_lora(places, parts, **to)
 
     def _scale(self, tensor: str, rank: int) -> float:
-        module, patterns = tensor.removesuffix(".lora_A.weight"), self.settings.get("alpha_pattern") or {}
-        alphas = [alpha for form, alpha in patterns.items() if re.match(rf"(.*\.)?({form})$", module)]
+        module = tensor.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
+        alphas = [alpha for form, alpha in self.alphas.items() if re.match(rf"(.*\.)?({form})$", module)]
         alpha = alphas[0] if alphas else self.settings["lora_alpha"]
         return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 
@@ -2908,7 +2964,8 @@ class Executor(threading.Thread):
             if prompts:
                 with torch.inference_mode():
                     next(prefill)
-            if slow and self._advance(*slow[0]):
+            # one whose client gave up is dropped
+            if slow and (slow[0][0].future.cancelled() or self._advance(*slow[0])):
                 slow.popleft()
 
     def _finished(self, work: Work) -> None:
@@ -3070,13 +3127,13 @@ class _Part:
 
     def __init__(self, work: Work, portion: int, executor: Executor):
         if work.output is None:  # the first pass of this step
-            work.output = torch.zeros(work.hidden.shape, dtype=executor.dtype)
-            work.tables.truncate(work.start)
-            if work.hypo_ids:
-                work.tables.reorder(work.hypo_ids)
             to = {"dtype": executor.dtype, "device": executor.device}
             for index, own in work.own.items():
                 work.lora[index] = block_lora(executor.places, own, **to)
+            work.tables.truncate(work.start)
+            if work.hypo_ids:
+                work.tables.reorder(work.hypo_ids)
+            work.output = torch.zeros(work.hidden.shape, dtype=executor.dtype)
         work.note_time()
         self.work, self.tokens = work, slice(work.done, work.done + portion)
         low, pads = work.start + work.done, work.tables.pads
@@ -3112,7 +3169,7 @@ class _Part:
 
 MAX_PUSHES, MAX_PUSH_BYTES = 64, 2**28  # held until their turn: per session, in all sessions together
 MAX_SEEN = 1024  # step ids that a session remembers
-MAX_REQUEST_TOKENS = 2**16  # of a forward or backward request
+MAX_REQUEST_TOKENS = 1024  # of a forward or backward request, or one row: our clients' and Petals' own bound
 MAX_LORA_BYTES = 2**30  # of clients' own LoRA, in all sessions together
 REQUEST_TIMEOUT = 3 * 60.0  # seconds in which a streamed request must be here, as in Petals
 
@@ -3293,13 +3350,13 @@ class TransformerConnectionHandler(ServicerBase):
         backward = "rpc_backward" in context.handle_name
         blocks, metadata = self._blocks(request.uid), checked_metadata(request)
         hidden, *grad, prompts, _, own = await self._inputs(request, metadata, blocks, 1 + backward)
-        tokens = hidden.shape[:2].numel()
-        expect(1 <= tokens <= MAX_REQUEST_TOKENS, f"1 to {MAX_REQUEST_TOKENS} tokens", tokens)
-        most = self.server.max_length  # attention's cost grows with the square
-        expect(hidden.shape[1] <= most, f"rows of {most} tokens or fewer", hidden.shape[1])
+        (B, T), most, pads = hidden.shape[:2], self.server.max_length, metadata.get("left_pad", ())
+        fits = B and 1 <= T <= most and (B == 1 or B * T <= MAX_REQUEST_TOKENS)
+        expect(fits, f"rows of 1 to {most} tokens, one or {MAX_REQUEST_TOKENS} tokens in all", [B, T])
+        expect(not (any(pads) and prompts.shape[2]), "left_pad or prompts outside a session", "both")
         expect(len(own) in (0, len(blocks)), f"LoRA for all of {blocks} or none", list(own))
-        what = {"left_pad": metadata.get("left_pad", ()), "lora": self._adapter(metadata)}
-        work = Work(blocks, hidden, prompts, *grad, own=own, **what)
+        what = {"left_pad": pads, "own": own, "lora": self._adapter(metadata)}
+        work = Work(blocks, hidden, prompts, *grad, **what)
         return await self._response(await self.executor.submit(work), metadata)
 
     async def rpc_forward_stream(self, requests: Requests, context: P2PContext) -> Responses:
@@ -3826,8 +3883,11 @@ def run_generate(model: str, prompt: str | None = None, **options: Any) -> None:
     if prompt is None:
         raise UserError("give --prompt, the text to continue")
     client, tokenizer = _load_client(model, **options)
-    print(prompt, end="", flush=True)
-    _answer(client, tokenizer, tokenizer(prompt, return_tensors="pt").input_ids)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    _require(ids.numel(), f"--prompt {prompt!r} has no tokens; give some text to continue")
+    with _open_session(client, ids.shape[1] + client.generation_config.max_new_tokens + 1) as session:
+        print(prompt, end="", flush=True)
+        _answer(client, tokenizer, ids, past_key_values=session)
 
 
 def _conversation(tokenizer: Any, messages: list[dict[str, str]]) -> Tensor:
@@ -3842,6 +3902,7 @@ def _open_session(client: Any, max_length: int) -> InferenceSession:
     """A session whose route is open: where blocks are missing, that is said before anybody waits."""
     session = client.inference_session(max_length=max_length)
     session.step(torch.empty(1, 0, client.config.hidden_size))  # no tokens
+    client.config.max_retries = None  # from here on a lost server is waited for
     return session
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import collections
 import contextlib
 import copy
 import ctypes
@@ -448,6 +449,12 @@ class Process:
 
     def __exit__(self, *_: object) -> None:
         self.end(signal.SIGKILL)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_each_time():
+    """Random inputs do not depend on what ran before: some would bring a router near a tie."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -1101,6 +1108,11 @@ def test_a_text_of_several_pages(swarm):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_generates_what_transformers_generates(swarm, mode, monkeypatch):
+    sliding = getattr(swarm.reference.config, "sliding_window", None)
+    if mode == "assistant" and sliding and transformers.__version__.startswith("5.17."):
+        pytest.skip(
+            "transformers 5.17 cannot cut back the sliding cache of the draft model, which is its own"
+        )
     expected = swarm.expected(mode)
     assert expected.verdict() == ""
     crops, reorders = (
@@ -2721,6 +2733,7 @@ def test_a_step_seen_twice_runs_once(recorded_servers):
 def test_large_requests_go_by_stream(recorded_servers, tiny, initial_peers, monkeypatch):
     """Petals cuts what is over 1 MiB; our client and server do so too, in both directions."""
     opened = spy(monkeypatch, pm.Stream, "open")
+    monkeypatch.setattr(pm, "MAX_REQUEST_TOKENS", 10**6)
     monkeypatch.setattr(pm, "MAX_BATCH_TOKENS", 10**6)
     monkeypatch.setattr(pm, "MIN_BATCH_TOKENS", 10**6)
     peers = [str(server.swarm.peer_id) for server in recorded_servers.values()]
@@ -2801,6 +2814,23 @@ def test_the_last_answer_to_a_prompt_comes_first(llama, monkeypatch):
         session.step(hidden)
         until(lambda: len(order) == 6, what="the answer of every server")
     assert next(entry for entry in order if isinstance(entry, str)) == "answer 3"
+
+
+def steps_together(monkeypatch, count: int) -> None:
+    """From now on an executor is given steps when there are so many, all at once."""
+    submit, held = pm.Executor.submit, collections.defaultdict(list)
+
+    def together(executor: pm.Executor, work: pm.Work):
+        if work.tables is None or not work.tokens_left:  # no step, or one that opens a session
+            return submit(executor, work)
+        held[executor].append(work)
+        if len(held[executor]) == count:
+            with executor._news:
+                for each in held.pop(executor):
+                    submit(executor, each)
+        return work.future
+
+    monkeypatch.setattr(pm.Executor, "submit", together)
 
 
 def test_eight_clients_at_once_get_what_each_gets_alone_in_fewer_passes(crowd):
@@ -2955,6 +2985,140 @@ def test_a_trace_says_where_a_steps_time_went(crowd, initial_peers):
         assert sum(trace["compute"] + trace["queue"] for trace in traces) < step
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["plain", "padding", "prompts", "no history", "pieces"])
+def test_what_was_is_replayed_to_another_server(crowd, monkeypatch, case):
+    """Rows in another order, of different padding, with deep prompts; a history that is not kept (the repair
+    then begins with the embeddings); steps in pieces."""
+    random_ = torch.Generator().manual_seed(2)
+    hidden, layers = torch.randn(2, 14, 48, generator=random_), crowd.model.model.layers
+    pads, more = [3, 0] if case == "padding" else [], {}
+    if case == "prompts":
+        more = {"prompts": torch.randn(LAYERS, 2, 2, 48, generator=random_)}
+    if case == "no history":
+        monkeypatch.setattr(crowd.model.config, "max_history_bytes", 0)
+    if case == "pieces":
+        monkeypatch.setattr(pm, "MAX_UNARY_BYTES", 2 * 3 * 48 * 4)
+
+    def steps(lost: int | None) -> torch.Tensor:
+        with layers.inference_session(max_length=16, left_pad=pads) as session:
+            session.step(hidden[:, :6], **more)
+            first = session.step(hidden[:, 6:10], hypo_ids=torch.tensor([1, 0]), **more)
+            if lost is not None:
+                pm.wire().soon(hops_of(session)[lost].close)
+            return torch.cat([first, session.step(hidden[:, 10:])], dim=1)
+
+    expected = steps(None)
+    for lost in (0, 1):
+        close(steps(lost), expected)
+
+
+def test_pushes_can_be_switched_off(crowd, initial_peers, monkeypatch):
+    pushes, ids = spy(monkeypatch, pm.ServerSession, "push"), some_ids(1, 5)
+    load = pm.AutoDistributedModelForCausalLM.from_pretrained
+    model = load(crowd.path, initial_peers=initial_peers, use_server_to_server=False)
+    expected = greedy(crowd.reference, ids, new=4)
+    assert greedy(model, ids, new=4) == expected and not pushes
+    assert greedy(crowd.model, ids, new=4) == expected and len(pushes) == 4
+
+
+@torch.no_grad()
+def test_what_cannot_be_right_is_not_sent(crowd, initial_peers, monkeypatch):
+    """A server would refuse it, again and again, and be banned for it."""
+    model, layers, x, ids = crowd.model, crowd.model.model.layers, torch.randn(2, 5, 48), some_ids(2, 5)
+    sent, asked = spy(monkeypatch, pm.Hop, "send"), spy(monkeypatch, pm, "_request")
+    deep = functools.partial(torch.randn, LAYERS)
+
+    def in_session(*given, left_pad=(), **more) -> None:
+        with layers.inference_session(max_length=9, left_pad=left_pad) as session:
+            session.step(*given, **more)
+
+    def in_anothers_session() -> None:
+        with layers[1:4].inference_session(max_length=9):
+            model(ids)
+
+    for call in (
+        lambda: layers(x[..., :47]),
+        lambda: layers(x[0]),
+        lambda: layers(x[:0]),
+        lambda: layers(x[:, :0]),
+        lambda: layers(x, left_pad=[1]),
+        lambda: layers(x, left_pad=[5, 0]),
+        lambda: layers(x, deep(3, 1, 48)),
+        lambda: layers[:2](x, deep(1, 1, 48)),
+        lambda: in_session(x, deep(1, 6, 48)),
+        lambda: in_session(x, left_pad=[1]),
+        lambda: in_session(x, hypo_ids=torch.tensor([0, 2])),
+        lambda: in_session(x, hypo_ids=torch.tensor([0])),
+        lambda: in_session(x.long()),
+        in_anothers_session,
+    ):
+        with pytest.raises(pm.UserError):
+            call()
+    assert not sent and not asked
+    load = pm.AutoDistributedModelForCausalLM.from_pretrained
+    with pytest.raises(pm.MissingBlocksError, match="take up to 8192 tokens a row"):
+        load(crowd.path, initial_peers=initial_peers, max_retries=0).model.layers(torch.randn(1, 8193, 48))
+    assert not asked
+
+
+@torch.no_grad()
+def test_generate_goes_on_after_steps(crowd):
+    """Tokens that the session was given as hidden states, before and after a text that it generated."""
+    model, first, then, last = crowd.model, some_ids(1, 6), some_ids(1, 4, seed=1), some_ids(1, 3, seed=2)
+    with model.inference_session(max_length=40) as session:
+        session.step(model.model.embed_tokens(first))
+        with pytest.raises(pm.UserError, match="ends in steps"):
+            model.generate(None, max_new_tokens=2)
+        new = model.generate(then, max_new_tokens=3, do_sample=False)
+        whole = torch.cat([first, then], dim=1)
+        assert new[0].tolist() == [*then[0].tolist(), *greedy(crowd.reference, whole, new=3)[0][-3:]]
+        whole = torch.cat([whole, new[:, -3:], then], dim=1)
+        session.step(model.model.embed_tokens(whole[:, session.position :]))
+        new = model.generate(last, max_new_tokens=3, do_sample=False)
+    whole = torch.cat([whole, last], dim=1)
+    assert new[0, -3:].tolist() == greedy(crowd.reference, whole, new=3)[0][-3:]
+
+
+def test_an_interrupted_generate_leaves_the_session_where_it_was(crowd):
+    class Stop(transformers.StoppingCriteria):
+        def __call__(self, ids, scores, **_):
+            raise KeyboardInterrupt
+
+    ids, more = some_ids(1, 6), some_ids(1, 4, seed=1)
+    with crowd.model.inference_session(max_length=40) as session:
+        text = crowd.model.generate(ids, max_new_tokens=3, do_sample=False)
+        with pytest.raises(KeyboardInterrupt):
+            crowd.model.generate(more, max_new_tokens=3, stopping_criteria=[Stop()])
+        assert session.position <= text.shape[1]
+        new = crowd.model.generate(more, max_new_tokens=3, do_sample=False)
+    assert new[0, -3:].tolist() == greedy(crowd.reference, torch.cat([text, more], dim=1), new=3)[0][-3:]
+
+
+def test_an_answer_that_is_large_comes_by_stream(crowd, monkeypatch):
+    """Gradients of deep prompts that the rows share come for each row: many times what was sent."""
+    x, prompts = torch.randn(14, 9, 48), torch.randn(LAYERS, 1, 8, 48, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        return torch.autograd.grad(crowd.model.model.layers(x, prompts).square().sum(), prompts)[0]
+
+    expected = gradient()
+    monkeypatch.setattr(pm, "STREAM_BYTES", 60_000)  # a request has 53,000, an answer 67,000 or 89,000
+    calls = spy(monkeypatch, pm, "call")
+    close(gradient(), expected)
+    assert {call.args[2] for call in calls} == {"rpc_forward"}
+
+
+@torch.no_grad()
+def test_positions_as_transformers_makes_them(crowd):
+    mask, ids = torch.ones(2, 9, dtype=torch.int64), some_ids(2, 9)
+    mask[0, :4] = 0
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    found = crowd.model(ids, attention_mask=mask, position_ids=positions).logits
+    close(found[0, 4:], crowd.reference(ids[:1, 4:]).logits[0])
+    close(found[1], crowd.reference(ids[1:]).logits[0])
+
+
 def test_every_way_to_end_a_session_frees_its_pages(crowd):
     """By `close`, by going out of scope, by an exception in its block, by the client's death."""
     layers, hidden = crowd.model.model.layers, torch.randn(2, 5, 48)
@@ -2991,6 +3155,7 @@ def test_what_a_server_says_of_itself_is_what_petals_servers_say(crowd):
     types."""
     first, last = crowd.servers
     uid, peer = f"{first.prefix}.0", str(first.swarm.peer_id)
+    pm.wire().call(first._announce())  # the last one was made while others used the cache, maybe
     found = pm.wire().call(last.swarm.get([uid, "_petals.models"]))
     state, throughput, extra = found[uid][peer].value
     assert (type(state), state, type(throughput)) == (int, 2, float)
@@ -3074,16 +3239,13 @@ def test_a_hosted_adapter_is_the_model_with_it_merged(family, server_of, initial
 
 def test_clients_of_different_adapters_share_a_pass(server_of, initial_peers, folder, tmp_path, monkeypatch):
     """Two of one adapter, one of another, one of none: each gets its own model's text."""
-    reference, turn = make_model("llama"), pm.Executor._turn
+    reference = make_model("llama")
     path = save(reference, tmp_path / "mixed")
     models = [make_adapter(reference, tmp_path / name) for name in ("one", "other")]
     server = server_of(path, 0, LAYERS, dht_prefix="mixed", adapters=[tmp_path / "one", tmp_path / "other"])
     wanted = [(str(tmp_path / "one"), models[0]), (None, reference), (str(tmp_path / "other"), models[1])]
     wanted.append(wanted[0])
-    # a turn waits until all four have a step
-    monkeypatch.setattr(
-        pm.Executor, "_turn", lambda self, steps: turn(self, steps) if len(steps) == 4 else steps
-    )
+    steps_together(monkeypatch, 4)
     options = {"initial_peers": initial_peers, "dht_prefix": "mixed"}
     load = functools.partial(pm.AutoDistributedModelForCausalLM.from_pretrained, path, **options)
     clients, found = [load(active_adapter=name) for name, _ in wanted], {}
@@ -3126,17 +3288,14 @@ def test_routes_keep_to_servers_that_have_the_adapter(server_of, initial_peers, 
 
 
 def test_clients_with_lora_of_their_own_share_a_pass(crowd, initial_peers, monkeypatch):
-    turn, texts = pm.Executor._turn, [some_ids(1 + number, 5 + number, seed=number) for number in range(3)]
+    texts = [some_ids(1 + number, 5 + number, seed=number) for number in range(3)]
     load = functools.partial(pm.AutoDistributedModelForCausalLM.from_pretrained, crowd.path)
     clients = [load(initial_peers=initial_peers, **OWN) for _ in range(2)] + [crowd.model]
     expected, found = [], {}
     for number, client in enumerate(clients):
         with adapting(crowd.reference, make_own(client, seed=number), 2.0):
             expected.append(greedy(crowd.reference, texts[number], new=8))
-    # a turn waits until all three have a step
-    monkeypatch.setattr(
-        pm.Executor, "_turn", lambda self, steps: turn(self, steps) if len(steps) == 3 else steps
-    )
+    steps_together(monkeypatch, 3)
     before = [server.executor.passes for server in crowd.servers]
     threads = [
         threading.Thread(target=lambda n=n: found.update({n: greedy(clients[n], texts[n], new=8)}))
@@ -4406,6 +4565,8 @@ def test_ten_generations_in_chaos_are_those_of_a_quiet_swarm(faults, model, refe
         print(what)
         assert ids == undisturbed(reference, mode), what
         assert stall < STALL[verb], what
+    if faults.net is None:
+        pytest.skip("crashes and freezes were survived; cuts need root and network namespaces")
 
 
 def test_a_minute_of_faults_while_eight_clients_generate(faults, model, reference):

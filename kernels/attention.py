@@ -191,7 +191,7 @@ def tiles(decode: bool, G: int, D: int, itemsize: int, capability: int = 9) -> d
     keys. The sizes are those that compile without spills and within the shared memory of sm_80 and sm_90."""
     GP, BD = triton.next_power_of_2(G), max(16, triton.next_power_of_2(D))
     if itemsize == 4:  # plain multiply-adds: exact, no tensor cores, small tiles
-        BM, BK, warps, stages = max(GP, 16 if decode else 32), 16, 8, 2
+        BM, BK, warps, stages = max(GP, 16), 16, 8, 2
     else:
         BM = max(GP, 16 if decode else 128 if BD <= 128 else 64)
         BK = 64 if BD <= 128 and (decode or capability >= 9) else 32
