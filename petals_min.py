@@ -3171,7 +3171,7 @@ class _Part:
 
 MAX_PUSHES, MAX_PUSH_BYTES = 64, 2**28  # held until their turn: per session, in all sessions together
 MAX_SEEN = 1024  # step ids that a session remembers
-MAX_REQUEST_TOKENS = 1024  # of a forward or backward request, or one row: our clients' and Petals' own bound
+MAX_REQUEST_BYTES = 2**27  # as float32, of the hidden states of a forward or backward request of several rows
 MAX_LORA_BYTES = 2**30  # of clients' own LoRA, in all sessions together
 REQUEST_TIMEOUT = 3 * 60.0  # seconds in which a streamed request must be here, as in Petals
 
@@ -3353,8 +3353,9 @@ class TransformerConnectionHandler(ServicerBase):
         blocks, metadata = self._blocks(request.uid), checked_metadata(request)
         hidden, *grad, prompts, _, own = await self._inputs(request, metadata, blocks, 1 + backward)
         (B, T), most, pads = hidden.shape[:2], self.server.max_length, metadata.get("left_pad", ())
-        fits = B and 1 <= T <= most and (B == 1 or B * T <= MAX_REQUEST_TOKENS)
-        expect(fits, f"rows of 1 to {most} tokens, one or {MAX_REQUEST_TOKENS} tokens in all", [B, T])
+        room = MAX_REQUEST_BYTES // (4 * hidden.shape[2])
+        fits = B and 1 <= T <= most and (B == 1 or room >= B * T)
+        expect(fits, f"rows of 1 to {most} tokens, one or {room} tokens in all", [B, T])
         expect(not (any(pads) and prompts.shape[2]), "left_pad or prompts outside a session", "both")
         expect(len(own) in (0, len(blocks)), f"LoRA for all of {blocks} or none", list(own))
         what = {"left_pad": pads, "own": own, "lora": self._adapter(metadata)}

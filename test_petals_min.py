@@ -2659,7 +2659,7 @@ def test_a_push_from_anyone_but_the_named_peer_is_dropped(recorded_servers):
     mallory.close()
 
 
-def test_what_a_stranger_sends_is_checked(recorded_servers):
+def test_what_a_stranger_sends_is_checked(recorded_servers, monkeypatch):
     server = recorded_servers["0:2"]
     stranger, uid = Stranger(server_addresses(server), str(server.swarm.peer_id)), f"{PREFIX}.0 {PREFIX}.1"
     good, absent = torch.randn(2, 3, 32), [pm.NOTHING, pm.NO_IDS]
@@ -2701,6 +2701,10 @@ def test_what_a_stranger_sends_is_checked(recorded_servers):
         ([torch.randn(2, 65, 32), torch.randn(2, 32, 65)], {}, "at most rank 64.*rank 65"),
     ]):  # fmt: skip
         assert re.search(message, refused(20 + number, ask(uid, [good, *absent, *matrices], named | more)))
+    monkeypatch.setattr(pm, "MAX_REQUEST_BYTES", 4 * 32 * 5)  # 5 tokens of this model
+    with pytest.raises(Exception, match=r"one or 5 tokens in all; \[2, 3\] came"):
+        stranger.call("rpc_forward", ask(uid, [good], {}))
+    assert stranger.call("rpc_forward", ask(uid, [good[:1].repeat(1, 2, 1)], {})).tensors
     huge = runtime_pb2.Tensor(buffer=b"", size=[2**30, 2**20, 32], dtype="float32")
     assert "bytes" in refused(
         11, ExpertRequest(uid=uid, tensors=[huge], metadata=ask(uid, [], terms).metadata)
@@ -2733,7 +2737,6 @@ def test_a_step_seen_twice_runs_once(recorded_servers):
 def test_large_requests_go_by_stream(recorded_servers, tiny, initial_peers, monkeypatch):
     """Petals cuts what is over 1 MiB; our client and server do so too, in both directions."""
     opened = spy(monkeypatch, pm.Stream, "open")
-    monkeypatch.setattr(pm, "MAX_REQUEST_TOKENS", 10**6)
     monkeypatch.setattr(pm, "MAX_BATCH_TOKENS", 10**6)
     monkeypatch.setattr(pm, "MIN_BATCH_TOKENS", 10**6)
     peers = [str(server.swarm.peer_id) for server in recorded_servers.values()]
