@@ -96,7 +96,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, AsyncIterator  # noqa: UP035 - hivemind reads typing's AsyncIterator
+from typing import Any, AsyncIterator, NamedTuple  # noqa: UP035 - hivemind reads typing's AsyncIterator
 
 import torch
 import torch.nn.functional as F
@@ -152,7 +152,7 @@ PUBLIC_INITIAL_PEERS = (
     "/ip4/159.203.156.48/tcp/31338/p2p/QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5",
 )
 # What this version adds to the wire (PROTOCOL.md, "What petals_min adds").
-FEATURES = ("left_pad", "push_from", "step_tensors", "lora")
+FEATURES = ("left_pad", "push_from", "step_tensors", "lora", "keep")
 
 
 class PetalsError(Exception):
@@ -1104,6 +1104,18 @@ class Router:
         # a row, why, and whether it was silent: an answer lifts such a ban
         self.bans: dict[PeerID, tuple[float, int, str, bool]] = {}
         self._reading: asyncio.Task | None = None
+        timer = asyncio.run_coroutine_threadsafe(Router._keep_reading(weakref.ref(self)), wire().loop)
+        weakref.finalize(self, timer.cancel)
+
+    @staticmethod
+    async def _keep_reading(router: weakref.ref[Router]) -> None:
+        """Reads the directory every `update_period`, from the first time on, while the router is in use."""
+        while (this := router()) is not None:
+            period = this.config.update_period
+            if this.updated > -math.inf:
+                await _gather_quietly(this.refresh(max_age=0.9 * period))
+            del this
+            await asyncio.sleep(period)
 
     async def refresh(self, max_age: float = 0.0, wait: bool = True) -> None:
         """Have the directory read if the last reading is older than `max_age` seconds; callers share one
@@ -1153,9 +1165,13 @@ class Router:
     def succeeded(self, peer: PeerID) -> None:
         self.bans.pop(peer, None)
 
-    async def probe(self, peer: PeerID, timeout: float) -> None:
-        """Ask a server's own handler for a sign of life; PeerError if there is none in `timeout` seconds."""
-        await call(self.swarm.p2p, peer, "rpc_info", ExpertUID(uid=""), ExpertInfo, timeout)
+    async def probe(self, peer: PeerID, timeout: float) -> int | None:
+        """Ask a server's own handler for a sign of life; PeerError if there is none in `timeout` seconds. If
+        it has work (and is ours): how many blocks it has computed so far."""
+        answer = await call(self.swarm.p2p, peer, "rpc_info", ExpertUID(uid=""), ExpertInfo, timeout)
+        with _failing_as(PeerError, "rpc_info is no msgpack"):
+            info = MSGPackSerializer.loads(answer.serialized_info)
+        return info.get("executor_progress") if isinstance(info, dict) and info.get("executor_busy") else None
 
     async def _returned(self) -> bool:
         """Whether some server answers again that was banned for its silence."""
@@ -1279,6 +1295,7 @@ class Router:
 # ============================================================================================================
 
 PROBE_SECONDS = 0.2  # silence after which a server at work is asked whether it lives, and again after as long
+STUCK_SECONDS = 60.0  # in which a server that has work and computes no block counts as stuck
 SLOWEST_LINK = 125e3  # bytes/s: a probe waits behind the step that is being sent, so patience grows with it
 PUSH_SECONDS = 1.0  # silence after which a push counts as late and the client sends the step itself
 FAREWELL_SECONDS = 5.0  # that the end of a stream may take to send
@@ -1390,6 +1407,11 @@ class History:
             value, last.end = _arrived(last.source), position
             if value is not None:  # a copy, so that the memory of the rest is free
                 last.source = value[:, : position - last.start].clone()
+
+    def copy(self) -> History:
+        other = History()
+        other.chunks = list(map(dataclasses.replace, self.chunks))
+        return other
 
     def reorder(self, ids: Tensor | None) -> None:
         if self.chunks:
@@ -1558,11 +1580,16 @@ class Route:
         """Run a step on all servers, however often it takes; returns [B, T, H]."""
         past = [(at, given) for at, given in self.prompts.items() if at < step.start]
         self.prompts = {at: given[:, :, : step.start - at] for at, given in past}  # for it may be a rewind
+        pieces = step.pieces()
+        before = (self.hops[0].history.copy(), self.left_pad, self.prompts) if len(pieces) > 1 else None
         try:
-            return torch.cat([await self._run_piece(piece) for piece in step.pieces()], dim=1)
+            return torch.cat([await self._run_piece(piece) for piece in pieces], dim=1)
         except BaseException:  # cancelled or out of retries: what the servers did of this step is unknown, so
             for hop in self.hops:  # the next one begins with others, to which the history is replayed
                 hop.close()
+            if before is not None:  # some pieces are done, and rows reordered
+                self.hops = [Hop(self.router, self.blocks.start, self.blocks.stop)]
+                self.hops[0].history, self.left_pad, self.prompts = before
             raise
 
     async def _run_piece(self, step: Step) -> Tensor:
@@ -1612,14 +1639,16 @@ class Route:
         known to have failed.
 
         The rule: a broken stream fails at once. After PROBE_SECONDS of silence the server is asked for
-        `rpc_info` by its own handler: an error, or two answers missed in a row, fails it. A slow but honest
-        server passes, because its handler answers from the wire thread while its executor computes.
+        `rpc_info` by its own handler: an error, or two answers missed in a row, fails it; so does an executor
+        that has work but finishes no block in STUCK_SECONDS. A slow but honest server passes, because its
+        handler answers from the wire thread while its executor computes, block after block.
         """
         size = sum(tensor.nbytes for tensor in (step.hidden, *terms.get("own", ())))
         value, before, sending = step.hidden, "", size / SLOWEST_LINK
         answers = [hop.expect(step) for hop in hops]
         for index, (hop, answer) in enumerate(zip(hops, answers, strict=True)):
             peer, missed, now = hop.span.peer, 0, time.monotonic()
+            progress, moved = None, now  # what the last probe said; when it last said something else
             deadline = now + self.config.request_timeout + terms.get("alloc_timeout", 0.0)
             late = now + PUSH_SECONDS + sending / 10 if chained and index else now
             while not answer.done():
@@ -1634,13 +1663,13 @@ class Route:
                     break
                 patience = min(max(1.0, 4 * trip), MAX_PING) + sending
                 try:
-                    await self.router.probe(peer, patience)
-                    missed = 0
+                    before_it, progress, missed = progress, await self.router.probe(peer, patience), 0
+                    moved = moved if progress is not None and progress == before_it else time.monotonic()
                 except PeerError as error:
                     missed += 1
                     if missed == 2 or not str(error).startswith("no answer"):
                         raise PeerError(f"it fell silent ({error})", peer) from error
-                if time.monotonic() > deadline:
+                if time.monotonic() > min(deadline, moved + STUCK_SECONDS):
                     raise PeerError("it lives, but did not answer a step in time", peer)
             value, before = _checked(answer.result(), step.hidden, peer), hop.span.name
         return value
@@ -2036,7 +2065,8 @@ class RemoteSequential(nn.Module):
         _check(self.config, self.blocks, hidden, prompts, left_pad)
         T, pad = hidden.shape[1], max(left_pad, default=0)
         _require(pad < T, f"rows of {T} tokens, {pad} of them padding: nothing is left to compute")
-        return _RemoteForward.apply(self, hidden, prompts, left_pad or [0] * len(hidden), *self.own_lora())
+        pads, keep = left_pad or [0] * len(hidden), torch.is_grad_enabled()
+        return _RemoteForward.apply(self, hidden, prompts, pads, keep, *self.own_lora())
 
 
 def _new_lora(name: str, shape: Sequence[int]) -> Tensor:
@@ -2051,7 +2081,9 @@ class _RemoteForward(torch.autograd.Function):
     first."""
 
     @staticmethod
-    def forward(ctx, layers: RemoteSequential, hidden: Tensor, prompts: Prompts, left_pad, *own) -> Tensor:
+    def forward(
+        ctx, layers: RemoteSequential, hidden: Tensor, prompts: Prompts, left_pad, keep: bool, *own: Tensor
+    ) -> Tensor:
         local, prompts = _on_cpu(hidden), _on_cpu(prompts, hidden.dtype)
         B, T = len(hidden), max(1, hidden.shape[1])
         wire().call(layers.router.refresh(layers.config.update_period, wait=False))
@@ -2062,47 +2094,70 @@ class _RemoteForward(torch.autograd.Function):
         groups = [(slice(pad, None), torch.tensor(rows)) for pad, rows in _rows_by_padding(left_pad)]
         ctx.places = [(part, tokens) for tokens, rows in groups for part in rows.split(most)]
         own = [_on_cpu(tensor, torch.float32) for tensor in own]
-        ctx.tuned = [[_prompts_of(prompts, rows=rows), *own] for rows, _ in ctx.places]
-        ctx.layers, ctx.prompts_shape = layers, None if prompts is None else prompts.shape
-        run = functools.partial(remote_forward, layers.router, layers.blocks)
-        done = wire().call(_together(map(run, [local[place] for place in ctx.places], ctx.tuned)))
-        outputs, ctx.trails = zip(*done, strict=True)
+        tuned = [[_prompts_of(prompts, rows=rows), *own] for rows, _ in ctx.places]
+        ctx.layers, ctx.terms = layers, _terms(layers.config)
+        keep = keep and any(ctx.needs_input_grad)
+        run = functools.partial(remote_forward, layers.router, layers.blocks, ctx.terms, keep)
+        done = wire().call(_together(map(run, [local[place] for place in ctx.places], tuned)))
+        outputs, trails = zip(*done, strict=True)
+        ctx.trails = [[leg._replace(hidden=None) for leg in trail] for trail in trails]
+        ctx.save_for_backward(prompts, *own, *(leg.hidden for trail in trails for leg in trail))
         return _put_together(local, ctx.places, outputs).to(hidden.device, hidden.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
-        local, for_prompts = _on_cpu(grad), None
-        run = functools.partial(remote_backward, ctx.layers.router, ctx.layers.blocks.start)
+        local, for_prompts, (prompts, *saved) = _on_cpu(grad), None, ctx.saved_tensors
+        count = len(ctx.needs_input_grad) - 5  # matrices of the user's own LoRA
+        own, hidden = saved[:count], iter(saved[count:])
+        trails = [[leg._replace(hidden=next(hidden)) for leg in trail] for trail in ctx.trails]
+        tuned = [[_prompts_of(prompts, rows=rows), *own] for rows, _ in ctx.places]
+        run = functools.partial(remote_backward, ctx.layers.router, ctx.layers.blocks.start, ctx.terms)
         parts = [local[place] for place in ctx.places]
-        done = wire().call(_together(map(run, ctx.trails, parts, ctx.tuned)))
+        done = wire().call(_together(map(run, trails, parts, tuned)))
         inputs, grads = zip(*done, strict=True)
         for_hidden, grads = _put_together(local, ctx.places, inputs), list(zip(*grads, strict=True))
-        if ctx.prompts_shape is not None:  # a gradient per row comes, also of prompts that all rows share
+        if prompts is not None:  # a gradient per row comes, also of prompts that all rows share
             order = torch.cat([rows for rows, _ in ctx.places]).argsort()
             for_prompts = torch.cat(grads.pop(0), dim=1)[:, order]
-            for_prompts = for_prompts.sum_to_size(ctx.prompts_shape).to(grad.device)
+            for_prompts = for_prompts.sum_to_size(prompts.shape).to(grad.device)
         for_own = [sum(parts).to(grad.device) for parts in grads]
-        return None, for_hidden.to(grad.device, grad.dtype), for_prompts, None, *for_own
+        return None, for_hidden.to(grad.device, grad.dtype), for_prompts, None, None, *for_own
 
 
 Prompts = Tensor | None  # [blocks, B or 1, P, H]
 Tuned = Sequence[Tensor | None]  # prompts; of the user's own LoRA, A [blocks, r, K] and B [blocks, N, r]
-Trail = list[tuple[Span, Tensor]]  # the servers that a forward pass took, each with its input
 
 
-async def remote_forward(router: Router, blocks: range, hidden: Tensor, tuned: Tuned) -> tuple:
-    """Carry [B, T, H] through the blocks, from server to server; returns the output and the Trail."""
+class Leg(NamedTuple):
+    """What a forward pass left at one server."""
+
+    span: Span
+    hidden: Tensor | None  # its input [B, T, H]
+    keep: str  # if the server was asked to keep what the backward pass needs: under which name
+
+
+def _terms(config: PretrainedConfig) -> dict[str, Any]:
+    """What every request of one pass says."""
+    return {"points": 0.0, "active_adapter": config.active_adapter, **lora_terms(config)}
+
+
+async def remote_forward(
+    router: Router, blocks: range, terms: dict, keep: bool, hidden: Tensor, tuned: Tuned
+) -> tuple[Tensor, list[Leg]]:
+    """Carry [B, T, H] through the blocks, from server to server; returns the output and the legs of the way.
+    keep: a backward pass may follow."""
     trail, at, attempt = [], blocks.start, 0
     while at < blocks.stop:
         try:
             await router.refresh(max_age=router.config.update_period, wait=False)
             span = router.spread(at, blocks.stop, hidden.shape[1])[0]
             part = _tuned_of(tuned, slice(at - blocks.start, span.end - blocks.start))
-            output, *_ = await _request(router, span, "rpc_forward", [hidden], part)
+            leg = Leg(span, hidden, str(uuid.uuid4()) if keep and "keep" in span.info.features else "")
+            output, *_ = await _request(router, leg, terms, "rpc_forward", [hidden], part)
             if router.config.show_route is True:
                 logger.info("forward: %s", span)
-            trail.append((span, hidden))
+            trail.append(leg)
             hidden, at, attempt = output, span.end, 0
         except (PeerError, MissingBlocksError) as error:
             attempt += 1
@@ -2110,29 +2165,35 @@ async def remote_forward(router: Router, blocks: range, hidden: Tensor, tuned: T
     return hidden, trail
 
 
-async def remote_backward(router: Router, first: int, trail: Trail, grad: Tensor, tuned: Tuned) -> tuple:
+async def remote_backward(
+    router: Router, first: int, terms: dict, trail: list[Leg], grad: Tensor, tuned: Tuned
+) -> tuple[Tensor, list[Tensor]]:
     """Gradients of the inputs [B, T, H] and of what tuned the blocks from `first` on: prompts [blocks, B, P,
     H], LoRA. Where a server of the trail is lost, its part is computed forward again elsewhere."""
     trail, attempt, tuned_grads = list(trail), 0, []
     while trail:
-        span, hidden = trail.pop()
+        leg = trail.pop()
+        span, hidden, _ = leg
         part = _tuned_of(tuned, slice(span.start - first, span.end - first))
         try:
-            grad, *its = await _request(router, span, "rpc_backward", [hidden, grad], part)
+            grad, *its = await _request(router, leg, terms, "rpc_backward", [hidden, grad], part)
             tuned_grads, attempt = [its, *tuned_grads], 0
         except PeerError as error:
             attempt += 1
             await router.before_retry(attempt, error, f"backward of {span}")
-            trail += (await remote_forward(router, range(span.start, span.end), hidden, part))[1]
+            lost = range(span.start, span.end)
+            trail += (await remote_forward(router, lost, terms, True, hidden, part))[1]
     return grad, [torch.cat(each) for each in zip(*tuned_grads, strict=True)]
 
 
-async def _request(router: Router, span: Span, rpc: str, tensors: list, tuned: Tuned) -> list[Tensor]:
+async def _request(
+    router: Router, leg: Leg, terms: dict, rpc: str, tensors: list[Tensor], tuned: Tuned
+) -> list[Tensor]:
     """One forward or backward request; its answer's first tensor has the shape of the request's first, the
     others, of a backward pass, are gradients of what tuned the blocks."""
+    span, (prompts, *own), due = leg.span, tuned, [tensors[0]]
     uid = " ".join(block_uids(router.prefix, span.start, span.end))
-    metadata = {"points": 0.0, "active_adapter": router.config.active_adapter, **lora_terms(router.config)}
-    due, (prompts, *own) = [tensors[0]], tuned
+    metadata = terms | ({"keep": leg.keep} if leg.keep else {})
     if rpc == "rpc_backward":  # for each row, also of prompts that the rows share
         due += [] if prompts is None else [prompts.expand(-1, len(tensors[0]), -1, -1)]
         due += own
@@ -2854,6 +2915,7 @@ class RowTables:
 # Tokens of one pass; a larger step goes in such pieces, a block at a time between the passes of the others.
 # On a CPU 128 are as fast, each, as 1,000 (mid: 2.5 and 2.3 ms). A GPU must read the weights for each piece.
 TURN_TOKENS, TURN_TOKENS_CUDA = 128, 512
+KEPT_SECONDS = 120.0  # for which a forward pass is kept for its backward pass
 
 
 @dataclass(eq=False)
@@ -2867,6 +2929,8 @@ class Work:
     left_pad: Sequence[int] = ()  # of a forward or backward pass
     lora: dict[int, BlockLora] = field(default_factory=dict)  # by block
     own: dict[int, LoraParts] = field(default_factory=dict)  # the client's, float32, CPU; to be put there
+    # of a forward pass: the name under which to keep it for the backward pass, which then has the same
+    keep: str = ""
     tables: RowTables | None = None
     start: int = 0  # of a step, as are these
     hypo_ids: Sequence[int] = ()
@@ -2917,6 +2981,10 @@ class Executor(threading.Thread):
         self.places = lora_places(config, next(iter(blocks.values())))  # alike in all blocks of a model
         self.adapters: dict[str, dict[int, BlockLora]] = {}  # name -> block -> what it adds
         self.passes = self.steps = 0  # for status and tests: passes, finished steps
+        self.progress, self.busy = 0, False  # blocks computed so far; whether there is anything to do
+        # forward passes for their backward passes, by name: since when, bytes, a link for each block
+        self.kept: dict[str, tuple[float, int, list[tuple]]] = {}
+        self.graph_bytes = free_memory(self.device) // 20  # for these
         self._inbox: list[Work] = []
         self._news = threading.Condition()
         self._stopping = False
@@ -2945,7 +3013,10 @@ class Executor(threading.Thread):
         while True:
             with self._news:
                 while not (self._inbox or prompts or slow or self._stopping):
-                    self._news.wait()
+                    self.busy = False
+                    self._news.wait(KEPT_SECONDS if self.kept else None)
+                    self._forget_old()
+                self.busy = True
                 fresh, self._inbox = self._inbox, []
             small, budget = [], self.turn_tokens
             for work in sorted(fresh, key=lambda work: work.tokens_left):
@@ -3053,6 +3124,7 @@ class Executor(threading.Thread):
 
             adapted = [(run, its[index]) for run, its in runs.values() if index in its]
             x = self.blocks[index](x, attend, adapted)
+            self.progress += 1
         for part, tokens in zip(parts, x.split(sizes), strict=True):
             part.x = tokens
 
@@ -3064,6 +3136,7 @@ class Executor(threading.Thread):
         except Exception as error:
             logger.warning("a request failed", exc_info=True)
             result = error
+        self.progress += 1
         if result is not None:
             wire().soon(work.settle, result)
         return result is not None
@@ -3088,39 +3161,76 @@ class Executor(threading.Thread):
 
         return run
 
-    def _lora_of(self, work: Work, index: int) -> BlockLora | None:
-        own = work.own.get(index)
-        return block_lora(self.places, own, device=self.device) if own else work.lora.get(index)
+    def _link(self, work: Work, index: int, x: Tensor, run: Callable, graph: bool) -> tuple:
+        """One block of a request without cache: its input, the matrices of the client's own LoRA there, its
+        output; with autograd's graph between them or not."""
+        own = work.own.get(index, ())
+        with torch.set_grad_enabled(graph):
+            x = x.detach().requires_grad_(graph)
+            matrices = [matrix.requires_grad_(graph) for _, *both, _ in own for matrix in both]
+            lora = block_lora(self.places, own, device=self.device) if own else work.lora.get(index)
+            return x, matrices, run(index, x, lora)
 
     def _pass_through(self, work: Work) -> Iterator[list[Tensor] | None]:
         """A forward pass without cache, a backward pass if the work has a gradient. Yields None after every
         block, then [output], or [gradient of the input] and, with prompts, theirs [blocks, B, P, H], with the
-        client's own LoRA those of its matrices [blocks, …], float32."""
-        x, inputs = work.hidden.to(self.device, self.dtype), []
+        client's own LoRA those of its matrices [blocks, …], float32.
+
+        A backward pass needs each block's input and the graph of its output. A forward pass whose client
+        wants it (`keep`) leaves them; else they are made first. Graphs that would take too much memory are
+        made when their turn comes."""
+        x, links = work.hidden.to(self.device, self.dtype), []
+        for_backward = work.keep or work.grad is not None
         prompts, length = work.prompts.to(x), work.prompts.shape[2]
         run = self.without_cache(*x.shape[:2], work.left_pad)
-        for index, given in zip(work.blocks, prompts, strict=True):
+        kept = self.kept.pop(work.keep, None) if work.grad is not None else None
+        graphs = self.graph_bytes // 2 // self._graph_bytes(x) if for_backward else 0
+        for index, given in zip(work.blocks, prompts, strict=True) if kept is None else ():
             if length:
                 x = torch.cat([x[:, :length] + given, x[:, length:]], dim=1)
-            if work.grad is not None:
-                inputs.append(x)
-            x = run(index, x, self._lora_of(work, index))
+            leaf, own, output = self._link(work, index, x, run, len(links) < graphs)
+            if for_backward:
+                links.append((leaf, own, output if len(links) < graphs else None))
+            x = output.detach()
             yield
         if work.grad is None:
+            if work.keep:
+                self._keep(work.keep, links)
             yield [x.to("cpu")]
             return
+        links = kept[2] if kept else links
         grad, prompt_grads, own_grads = work.grad.to(x), [], []
         for index in reversed(work.blocks):
-            own = [matrix.requires_grad_() for _, *both, _ in work.own.get(index, ()) for matrix in both]
-            with torch.enable_grad():
-                leaf = inputs.pop().detach().requires_grad_()
-                output = run(index, leaf, self._lora_of(work, index))
+            leaf, own, output = links.pop()
+            if output is None:
+                leaf, own, output = self._link(work, index, leaf, run, True)
             grad, *its = torch.autograd.grad(output, [leaf, *own], grad)
             prompt_grads.insert(0, grad[:, :length])
             own_grads.insert(0, its)
             yield
         tuned = [prompt_grads] * bool(length) + list(zip(*own_grads, strict=True))
         yield [each.to("cpu") for each in (grad, *map(torch.stack, map(list, tuned)))]
+
+    def _graph_bytes(self, x: Tensor) -> int:
+        """About what the graph of one block takes for x [B, T, H]: every matrix's inputs and outputs."""
+        weights = self.blocks[min(self.blocks)].weights
+        shapes = (weights[name].shape for name in MATRICES if name in weights)
+        return x.shape[0] * x.shape[1] * x.itemsize * sum(N + K for *_, N, K in shapes)
+
+    def _keep(self, name: str, links: list) -> None:
+        """Keep a forward pass for its backward pass. The oldest ones go if there is no room."""
+        x = links[0][0]
+        size = len(links) * x.nbytes + sum(link[2] is not None for link in links) * self._graph_bytes(x)
+        self._forget_old()
+        while self.kept and size + sum(size for _, size, _ in self.kept.values()) > self.graph_bytes:
+            del self.kept[next(iter(self.kept))]
+        if size <= self.graph_bytes:
+            self.kept[name] = time.monotonic(), size, links
+
+    def _forget_old(self) -> None:
+        for name, (since, *_) in list(self.kept.items()):
+            if time.monotonic() - since > KEPT_SECONDS:
+                del self.kept[name]
 
 
 class _Part:
@@ -3177,7 +3287,7 @@ REQUEST_TIMEOUT = 3 * 60.0  # seconds in which a streamed request must be here, 
 
 Requests, Responses = AsyncIterator[ExpertRequest], AsyncIterator[ExpertResponse]
 _METADATA_CHECKS = (  # what a request may say, and what it must be; all of it may be absent
-    ("session_id step_id push_from", _text, "a line of text"),
+    ("session_id step_id push_from keep", _text, "a line of text"),
     ("points alloc_timeout", _number, "a number, 0 or more"),
     ("max_length start_from_position", _count, "a count of tokens"),
     ("output_compression next_servers", _listed, "a list"),
@@ -3337,6 +3447,7 @@ class TransformerConnectionHandler(ServicerBase):
         info["features"] = list(self.server.info.features)
         info["cache_tokens_available"] = self.pool.tokens_left * len(self.server.span)
         info |= {"executor_passes": self.executor.passes, "executor_steps": self.executor.steps}
+        info |= {"executor_progress": self.executor.progress, "executor_busy": self.executor.busy}
         if request.uid:
             self._blocks(request.uid)
             describe, size = tensor_descr.BatchTensorDescriptor, self.executor.hidden_size
@@ -3358,12 +3469,15 @@ class TransformerConnectionHandler(ServicerBase):
         expect(fits, f"rows of 1 to {most} tokens, one or {room} tokens in all", [B, T])
         expect(not (any(pads) and prompts.shape[2]), "left_pad or prompts outside a session", "both")
         expect(len(own) in (0, len(blocks)), f"LoRA for all of {blocks} or none", list(own))
-        what = {"left_pad": pads, "own": own, "lora": self._adapter(metadata)}
+        keep = f"{context.remote_id} {blocks} {metadata['keep']}" if metadata.get("keep") else ""
+        what = {"left_pad": pads, "own": own, "lora": self._adapter(metadata), "keep": keep}
         work = Work(blocks, hidden, prompts, *grad, **what)
         return await self._response(await self.executor.submit(work), metadata)
 
     async def rpc_forward_stream(self, requests: Requests, context: P2PContext) -> Responses:
-        request = await _at_most(REQUEST_TIMEOUT, join_messages(requests))
+        wanted = f"expected the whole request within {REQUEST_TIMEOUT:g} s"
+        with _failing_as(ValueError, wanted, asyncio.TimeoutError):
+            request = await _at_most(REQUEST_TIMEOUT, join_messages(requests))
         for part in split_message(await self.rpc_forward(request, context)):
             yield part
 

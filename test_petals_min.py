@@ -54,7 +54,7 @@ import time
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -1544,8 +1544,8 @@ def test_gradients_are_those_of_local_autograd(swarm, deep, pads, monkeypatch):
     requests = spy(monkeypatch, pm, "_request")
     actual = gradients(swarm.model.transformer, deep, pads)
     same_gradients(actual, gradients(swarm.reference.base_model, deep, pads))
-    assert all(call.args[3][0].shape[:2].numel() <= 18 for call in requests)
-    kinds = [call.args[2] for call in requests]
+    assert all(call.args[4][0].shape[:2].numel() <= 18 for call in requests)
+    kinds = [call.args[3] for call in requests]
     assert kinds.count("rpc_forward") == kinds.count("rpc_backward") >= 3 * len(swarm.servers)
 
 
@@ -1582,7 +1582,7 @@ def test_a_batch_goes_in_parts_that_keep_every_server_busy(llama, monkeypatch):
                          ((100, 64, 48), [9 * 64] * 11 + [64])]:  # fmt: skip
         with torch.no_grad():
             llama.model.transformer.h(torch.ones(shape))
-        sizes = [call.args[3][0].shape[:2].numel() for call in requests if call.args[1].start == 0]
+        sizes = [call.args[4][0].shape[:2].numel() for call in requests if call.args[1].span.start == 0]
         assert sorted(sizes, reverse=True) == parts
         requests.clear()
 
@@ -1615,8 +1615,63 @@ def test_a_server_killed_between_forward_and_backward(
     for found, those in ((actual, own), (expected, leaves)):
         found |= {name: p.grad for name, p in those.items()}
     same_gradients(actual, expected)
-    again = {(call.args[1].start, call.args[1].end) for call in requests if call.args[2] == "rpc_forward"}
+    again = {call.args[1].span for call in requests if call.args[3] == "rpc_forward"}
+    again = {(span.start, span.end) for span in again}
     assert again - {(2, 5)} == {(2, 4), (4, 5)}  # it may try the dead one while it knows no other
+
+
+@pytest.mark.parametrize("room", ["all", "some graphs", "inputs", "nothing"])
+def test_a_forward_pass_is_kept_for_its_backward_pass(crowd, initial_peers, monkeypatch, room):
+    """So each block is computed once; where there is no room for a graph, once more, with the same result."""
+    model = pm.AutoDistributedModelForCausalLM.from_pretrained(crowd.path, initial_peers=initial_peers, **OWN)
+    own, executors = make_own(model), [server.executor for server in crowd.servers]
+    one = executors[0]._graph_bytes(torch.empty(1, 9, 48))  # the graph of one block for one row
+    most = {"all": 2**30, "some graphs": 2 * one, "inputs": 5000, "nothing": 0}[room]
+    for executor in executors:
+        monkeypatch.setattr(executor, "graph_bytes", most)
+    computed, seen = spy(monkeypatch, pm.Executor, "_link"), {}
+
+    def between() -> None:
+        seen.update(forward=len(computed), kept=[len(executor.kept) for executor in executors])
+
+    with torch.no_grad():
+        through(model.transformer, torch.randn(5, 9, 48))
+    assert [len(executor.kept) for executor in executors] == [0, 0]  # no backward pass can follow
+    computed.clear()
+    monkeypatch.setattr(pm, "MAX_BATCH_TOKENS", 9)  # a row each
+    actual = gradients(model.transformer, "shared", between=between)
+    assert seen["forward"] == 5 * LAYERS and not any(executor.kept for executor in executors)
+    due = {"all": (5 * LAYERS, [5, 5]), "nothing": (5 * LAYERS * 3, [0, 0])}
+    if room in due:
+        assert (len(computed), seen["kept"]) == due[room]
+    else:
+        assert 5 * LAYERS < len(computed) < 5 * LAYERS * 3 and any(seen["kept"])
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in own.items()}
+    with adapting(crowd.reference, leaves, 2.0):
+        expected = gradients(crowd.reference.base_model, "shared")
+    for found, those in ((actual, own), (expected, leaves)):
+        found |= {name: p.grad for name, p in those.items()}
+    same_gradients(actual, expected)
+
+
+def test_what_is_kept_is_forgotten_in_time_and_the_clients_own(crowd, monkeypatch):
+    executor, uid = crowd.servers[0].executor, " ".join(pm.block_uids(crowd.servers[0].prefix, 0, 2))
+    alice, mallory = (
+        Stranger(server_addresses(crowd.servers[0]), str(crowd.servers[0].swarm.peer_id)) for _ in range(2)
+    )
+    hidden, grad = torch.randn(2, 1, 4, 48)
+    alice.call("rpc_forward", pm.pack_request(uid, [hidden], {"keep": "x"}))
+    computed = spy(monkeypatch, pm.Executor, "_link")
+    backward = pm.pack_request(uid, [hidden, grad], {"keep": "x"})
+    theirs = tensors_of(mallory.call("rpc_backward", backward))[0]
+    assert len(computed) == 2 and len(executor.kept) == 1  # mallory's own pass was computed
+    close(tensors_of(alice.call("rpc_backward", backward))[0], theirs)
+    assert len(computed) == 2 and not executor.kept
+    monkeypatch.setattr(pm, "KEPT_SECONDS", 0.2)
+    alice.call("rpc_forward", pm.pack_request(uid, [hidden], {"keep": "x"}))
+    until(lambda: not executor.kept, what="forgetting")
+    alice.close()
+    mallory.close()
 
 
 P = 3  # soft prompts
@@ -2295,16 +2350,14 @@ class Stranger:
 
         return self.run(exchange())
 
-    def stream(self, number: int) -> tuple:
+    def stream(self, number: int, rpc: str = "rpc_inference") -> tuple:
         if number not in self.streams:
-            opening = self.p2p.call_binary_stream_handler(
-                self.peer, "TransformerConnectionHandler.rpc_inference"
-            )
-            self.streams[number] = self.run(opening)[1:]
+            name = f"TransformerConnectionHandler.{rpc}"
+            self.streams[number] = self.run(self.p2p.call_binary_stream_handler(self.peer, name))[1:]
         return self.streams[number]
 
-    def send(self, number: int, request) -> None:
-        self.run(P2P.send_protobuf(request, self.stream(number)[1]))
+    def send(self, number: int, request, rpc: str = "rpc_inference") -> None:
+        self.run(P2P.send_protobuf(request, self.stream(number, rpc)[1]))
 
     def receive(self, number: int):
         message, error = self.run(P2P.receive_protobuf(ExpertResponse, self.stream(number)[0]))
@@ -2336,9 +2389,9 @@ class Stranger:
         self.run(self.p2p.shutdown())
 
 
-@pytest.fixture(scope="module")
-def server_of(initial_peers):
-    """Servers in this process, where a test can look at them: server_of(path, first, last, **options)."""
+@contextlib.contextmanager
+def servers_here(initial_peers: list[str]) -> Iterator[Callable[..., pm.Server]]:
+    """Servers in this process, where a test can look at them: start(path, first, last, **options)."""
     with contextlib.ExitStack() as stack:
 
         def start(path: Path, first: int, last: int, **options) -> pm.Server:
@@ -2353,12 +2406,19 @@ def server_of(initial_peers):
         yield start
 
 
+@pytest.fixture
+def server_of(initial_peers):
+    """They end with the test."""
+    with servers_here(initial_peers) as start:
+        yield start
+
+
 @pytest.fixture(scope="module")
-def recorded_servers(tiny, server_of):
+def recorded_servers(tiny, initial_peers):
     """Ours, where the recorded ones of Petals stood: "0:2" and "2:4" of the recorded model."""
-    return {
-        f"{first}:{first + 2}": server_of(tiny.path, first, first + 2, dht_prefix=PREFIX) for first in (0, 2)
-    }
+    with servers_here(initial_peers) as start:
+        spans = {"0:2": (0, 2), "2:4": (2, 4)}
+        yield {name: start(tiny.path, *span, dht_prefix=PREFIX) for name, span in spans.items()}
 
 
 def free_again(*servers: pm.Server) -> None:
@@ -2468,13 +2528,11 @@ def conversation(path: Path) -> list[SimpleNamespace]:
 
 
 @pytest.fixture(scope="module")
-def bloom_servers(server_of):
-    return {
-        f"{first}:{first + 2}": server_of(
-            WIRE / "tiny-bloom", first, first + 2, dht_prefix="tiny-bloom-petals", attn_cache_tokens=16384
-        )
-        for first in (0, 2)
-    }
+def bloom_servers(initial_peers):
+    options = {"dht_prefix": "tiny-bloom-petals", "attn_cache_tokens": 16384}
+    with servers_here(initial_peers) as start:
+        spans = {"0:2": (0, 2), "2:4": (2, 4)}
+        yield {name: start(WIRE / "tiny-bloom", *span, **options) for name, span in spans.items()}
 
 
 @pytest.mark.skipif(not ALL_CONVERSATIONS, reason="the whole collection is not beside the checkout")
@@ -2713,6 +2771,17 @@ def test_what_a_stranger_sends_is_checked(recorded_servers, monkeypatch):
     free_again(server)
 
 
+def test_a_streamed_request_must_be_there_in_time(recorded_servers, monkeypatch):
+    server = recorded_servers["0:2"]
+    stranger, uid = Stranger(server_addresses(server), str(server.swarm.peer_id)), f"{PREFIX}.0 {PREFIX}.1"
+    first, *_ = pm.split_message(pm.pack_request(uid, [torch.randn(1, 3, 32), pm.NOTHING], {}))
+    monkeypatch.setattr(pm, "REQUEST_TIMEOUT", 0.3)
+    began = time.monotonic()
+    stranger.send(0, first, "rpc_forward_stream")  # and no end of the stream
+    assert "the whole request within 0.3 s" in str(stranger.receive(0)) and time.monotonic() - began < 5
+    stranger.close()
+
+
 def test_a_step_seen_twice_runs_once(recorded_servers):
     server = recorded_servers["0:2"]
     stranger, steps = Stranger(server_addresses(server), str(server.swarm.peer_id)), server.executor.steps
@@ -2790,13 +2859,14 @@ def test_a_full_server_lets_one_wait_for_alloc_timeout_and_takes_them_in_turn(ti
 
 
 @pytest.fixture(scope="module")
-def crowd(server_of, initial_peers, folder):
+def crowd(initial_peers, folder):
     """A Llama on two servers in this process, so that passes and pages can be counted."""
     reference = make_model("llama")
     path = save(reference, folder / "crowd")
-    servers = [server_of(path, 0, 2), server_of(path, 2, LAYERS)]
-    model = pm.AutoDistributedModelForCausalLM.from_pretrained(path, initial_peers=initial_peers)
-    return SimpleNamespace(reference=reference, servers=servers, model=model, path=path)
+    with servers_here(initial_peers) as start:
+        servers = [start(path, 0, 2), start(path, 2, LAYERS)]
+        model = pm.AutoDistributedModelForCausalLM.from_pretrained(path, initial_peers=initial_peers)
+        yield SimpleNamespace(reference=reference, servers=servers, model=model, path=path)
 
 
 def test_the_last_answer_to_a_prompt_comes_first(llama, monkeypatch):
@@ -3016,6 +3086,78 @@ def test_what_was_is_replayed_to_another_server(crowd, monkeypatch, case):
         close(steps(lost), expected)
 
 
+@torch.no_grad()
+def test_a_step_that_failed_half_way_can_be_tried_again(crowd, monkeypatch):
+    """It goes in pieces, and the first of them, which reorders the rows, was done."""
+    hidden, chain, calls = torch.randn(2, 12, 48), pm.Route._chain, []
+    order = torch.tensor([1, 0])
+    monkeypatch.setattr(crowd.model.config, "max_retries", 0)
+    monkeypatch.setattr(pm, "MAX_UNARY_BYTES", 2 * 2 * 48 * 4)  # two tokens of both rows
+
+    def steps(fails: bool) -> torch.Tensor:
+        with crowd.model.inference_session(max_length=16) as session:
+            session.step(hidden[:, :6])
+            if fails:
+                monkeypatch.setattr(pm.Route, "_chain", fail_second)
+                with pytest.raises(pm.PeerError, match="as the test wants"):
+                    session.step(hidden[:, 6:], hypo_ids=order)
+                monkeypatch.setattr(pm.Route, "_chain", chain)
+            return session.step(hidden[:, 6:], hypo_ids=order)
+
+    async def fail_second(route, step):
+        calls.append(step)
+        if len(calls) == 2:
+            raise pm.PeerError("as the test wants", route.hops[0].span.peer)
+        return await chain(route, step)
+
+    expected = steps(False)
+    close(steps(True), expected)
+    assert len(calls) == 2 and [call.hypo_ids is None for call in calls] == [False, True]
+    free_again(*crowd.servers)
+
+
+@torch.no_grad()
+def test_a_server_that_lives_but_computes_nothing_is_left(crowd, server_of, initial_peers, monkeypatch):
+    """Its handler answers every probe; its executor has work and finishes no block."""
+    options, go_on = {"dht_prefix": "stuck-hf"}, threading.Event()
+    stuck = server_of(crowd.path, 0, LAYERS, throughput=1e6, **options)
+    other = server_of(crowd.path, 0, LAYERS, **options)
+    compute = stuck.executor.blocks[2].__call__
+    monkeypatch.setitem(stuck.executor.blocks, 2, lambda *given: go_on.wait(PATIENCE) and compute(*given))
+    monkeypatch.setattr(pm, "STUCK_SECONDS", 0.7)
+    load = functools.partial(pm.AutoDistributedModelForCausalLM.from_pretrained, crowd.path)
+    model, ids = load(initial_peers=initial_peers, update_period=60, **options), some_ids(1, 6)
+    pings = {server.swarm.peer_id: ping for server, ping in ((stuck, 1e-4), (other, 0.1))}
+    pm.wire().call(model.model.layers.router.refresh())
+    model.model.layers.router.pings.update(pings)
+    began = time.monotonic()
+    with model.inference_session(max_length=16) as session:
+        session.step(torch.empty(1, 0, 48))
+        assert session.route[0].peer == stuck.swarm.peer_id
+        assert greedy(model, ids, new=4) == greedy(crowd.reference, ids, new=4)
+        assert session.route[0].peer == other.swarm.peer_id and time.monotonic() - began < 10
+    go_on.set()
+    free_again(stuck, other)
+
+
+def test_the_directory_is_read_in_the_background(crowd, initial_peers, monkeypatch):
+    """Every update_period while the client lives, used or not; no longer."""
+    readings = spy(monkeypatch, pm, "read_directory")
+    load = functools.partial(pm.AutoDistributedModelForCausalLM.from_pretrained, crowd.path)
+    model = load(initial_peers=initial_peers, update_period=0.2, dht_prefix="nobody-hf")
+    router = model.model.layers.router
+    assert not readings
+    pm.wire().call(router.refresh())
+    mine = lambda: [call for call in readings if call.args[1] == "nobody-hf"]  # noqa: E731
+    until(lambda: len(mine()) >= 4, what="three more readings")
+    del model, router
+    gc.collect()
+    time.sleep(0.3)  # one may have been under way
+    before = len(mine())
+    time.sleep(0.6)
+    assert len(mine()) == before
+
+
 def test_pushes_can_be_switched_off(crowd, initial_peers, monkeypatch):
     pushes, ids = spy(monkeypatch, pm.ServerSession, "push"), some_ids(1, 5)
     load = pm.AutoDistributedModelForCausalLM.from_pretrained
@@ -3174,6 +3316,9 @@ def test_what_a_server_says_of_itself_is_what_petals_servers_say(crowd):
     assert petals.keys() <= extra.keys()
     assert all(isinstance(extra[key], (kind, type(None))) for key, kind in petals.items()), extra
     assert (extra["start_block"], extra["end_block"], extra["torch_dtype"]) == (0, 2, "float32")
+    pings = {server: pm.wire().call(server._ping_next()) for server in (first, last)}  # of who comes after it
+    assert pings[first].keys() == {str(last.swarm.peer_id)} and 0 < min(pings[first].values()) < 2
+    assert pings[last] == {}
     assert found["_petals.models"][first.prefix].value == {"num_blocks": LAYERS, "repository": None}
 
 
@@ -3279,7 +3424,7 @@ def test_routes_keep_to_servers_that_have_the_adapter(server_of, initial_peers, 
         close(model(ids).logits, expected(ids).logits)
     with model.inference_session(max_length=16) as session:
         assert greedy(model, ids, new=6) == greedy(expected, ids, new=6)
-        spans = [*session.route, *(call.args[1] for call in requests)]
+        spans = [*session.route, *(call.args[1].span for call in requests)]
     assert {span.peer for span in spans} == {one}
     with pytest.raises(pm.MissingBlocksError, match=rf"with adapter 'dogs'; there are {re.escape(name)}"):
         load(active_adapter="dogs", max_retries=0)(ids)
@@ -3288,6 +3433,26 @@ def test_routes_keep_to_servers_that_have_the_adapter(server_of, initial_peers, 
     for use in (lambda model: model(ids), lambda model: greedy(model, ids, new=1)):
         with pytest.raises(pm.PeerError, match=rf"active_adapter, of {re.escape(name)}; 'dogs' came"):
             use(load(active_adapter="dogs", max_retries=0))
+
+
+def test_a_session_with_a_hosted_adapter_survives_a_loss(crowd, server_of, initial_peers, tmp_path):
+    """It goes on where that adapter is, past a faster server without it."""
+    name, options, steps = str(tmp_path / "cats"), {"dht_prefix": "cats-hf"}, iter(range(100))
+    expected, ids = make_adapter(crowd.reference, tmp_path / "cats"), some_ids(1, 6)
+    servers = [server_of(crowd.path, 0, LAYERS, adapters=[name], **options) for _ in range(2)]
+    server_of(crowd.path, 0, LAYERS, throughput=1e6, **options)
+    load = functools.partial(pm.AutoDistributedModelForCausalLM.from_pretrained, crowd.path)
+    model = load(initial_peers=initial_peers, min_backoff=0.1, active_adapter=name, **options)
+    with model.inference_session(max_length=32) as session:
+
+        def lose_one(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if next(steps) == 4:
+                used = session.route[0].peer
+                next(server for server in servers if server.swarm.peer_id == used).stop()
+            return scores
+
+        losing = transformers.LogitsProcessorList([lose_one])
+        assert greedy(model, ids, new=9, logits_processor=losing) == greedy(expected, ids, new=9)
 
 
 def test_clients_with_lora_of_their_own_share_a_pass(crowd, initial_peers, monkeypatch):
@@ -3451,12 +3616,13 @@ def test_a_token_waits_for_one_block_of_anothers_prompt(crowd, monkeypatch):
 
 
 @torch.no_grad()
-def test_an_idle_session_ends_and_its_client_does_not_notice(crowd, monkeypatch):
-    """A server gives up a session after STEP_TIMEOUT without a step; the client rebuilds it from its
-    history."""
+@pytest.mark.parametrize("limit", ["STEP_TIMEOUT", "SESSION_TIMEOUT"])
+def test_a_session_that_lasts_too_long_ends_and_its_client_does_not_notice(crowd, monkeypatch, limit):
+    """A server gives up a session after STEP_TIMEOUT without a step, and any after SESSION_TIMEOUT; the
+    client rebuilds it from its history."""
     ids = some_ids(1, 12)
     with crowd.model.inference_session(max_length=16) as session:
-        monkeypatch.setattr(pm, "STEP_TIMEOUT", 0.3)
+        monkeypatch.setattr(pm, limit, 0.3)
         crowd.model(ids[:, :7])
         free_again(*crowd.servers)
         monkeypatch.undo()
@@ -3815,6 +3981,11 @@ def test_bad_arguments_are_one_line_and_exit_code_2(llama, main, tmp_path):
         (["serve", llama.path, "--new_swarm", "--quant_type", "nf4"], "nf4.*int8, int4; for nf4 take int4"),
         (["serve", llama.path, "--new_swarm", "--throughput", "nan"], "nan"),
         (["serve", llama.path, "--new_swarm", "--dht_prefix", "a.b"], "a.b"),
+        (["serve", llama.path, "--new_swarm", "--device", "cuda:99"], "cuda:99.*auto, cpu, cuda"),
+        (["serve", llama.path, "--new_swarm", "--identity_path", llama.path / "no" / "key"], "no/key.*file"),
+        (["serve", llama.path, "--new_swarm", "--identity_path", tmp_path / "config.json"], "key's file"),
+        (["serve", llama.path, "--new_swarm", "--public_ip", "192.0.2.1"], "--public_ip needs --port"),
+        (["serve", llama.path, "--new_swarm", "--public_name", "a\nb"], "public_name.*one line"),
         (["status", tmp_path / "nothing", *known], "no model at .*nothing"),
         (["generate", tmp_path, "--prompt", "hi", "--initial_peers", "/ip4/1.2.3.4"], "1.2.3.4.*multiaddr"),
     ]:
@@ -3845,6 +4016,27 @@ def test_what_cannot_be_is_said_by_a_process_that_leaves_nothing_behind(llama, f
             result = process.finish()
             assert result.code == 2 and re.search(message, result.err), (command, result)
             assert result.err.count("\n") == 1 and "{" not in result.out, (command, result)
+
+
+def test_what_a_server_tells_others(llama, folder):
+    """Where they reach it, its name, the longest session; kept beyond a restart: its peer id."""
+    key, prefix = folder / "a-servers.key", ["--dht_prefix", "told-hf"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    reached = ["--public_ip", "127.0.0.1", "--port", port, "--identity_path", key]
+    named = ["--public_name", "Ada's", "--inference_max_length", 77, "--block_indices", "2:3"]
+    with Process(folder, "serve", llama.path, "--new_swarm", *prefix, *reached, *named) as server:
+        hello = server.hello()
+        assert hello["initial_peers"] == [f"/ip4/127.0.0.1/tcp/{port}/p2p/{hello['peer_id']}"]
+        swarm = pm.wire().call(pm.Swarm.join(hello["initial_peers"], client_mode=True))
+        info = pm.wire().call(pm.read_directory(swarm, "told-hf", 3))[2].popitem()[1]
+        assert (info.public_name, info.max_length) == ("Ada's", 77)
+        pm.wire().call(swarm.leave())
+        assert server.end()[0] == 0
+    elsewhere = ["--announce_maddrs", "/ip4/127.0.0.1/tcp/4", "--host_maddrs", "/ip4/127.0.0.1/tcp/0"]
+    with Process(folder, "dht", "--identity_path", key, *elsewhere) as peer:
+        same = hello["peer_id"]
+        assert peer.hello()["initial_peers"] == [f"/ip4/127.0.0.1/tcp/4/p2p/{same}"]
 
 
 def tokenizer_for(path: Path) -> transformers.PreTrainedTokenizerBase:
