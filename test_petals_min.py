@@ -1,9 +1,9 @@
 """The proof that petals_min does what it says, told in the order of the module.
 
 Every family has a tiny random checkpoint, made here and saved by transformers itself, whose blocks are split
-unevenly over two or three real server processes on loopback: `python petals_min.py serve …`, started, spoken
-to and ended as an operator would. The claim of most tests is the same: *the swarm computes exactly what
-transformers computes alone.*
+unevenly over two or three real server processes on loopback: `python petals_min.py serve …`, started (most by
+a fork, see `nurse`), spoken to and ended as an operator would. The claim of most tests is the same: *the
+swarm computes exactly what transformers computes alone.*
 
 A test of exactness is worth something only if
   - it is sound: the reference is nowhere near a tie, where a rounding error would decide
@@ -372,14 +372,127 @@ def until(condition, seconds: float = PATIENCE, what: str = "what was waited for
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(HERE)}
 
 
+def nurse(fileno):
+    """The nursery's program: a process that has imported petals_min, has no other thread, and forks. Told
+    [argv, environment] and descriptors (stdin, stdout, stderr, network namespace), it bears a process that
+    does what `python petals_min.py argv…` does, three seconds of importing sooner. It says [pid, None] then,
+    and [pid, exit code] at that one's end."""
+    control, children = socket.socket(fileno=fileno), set()
+    while True:
+        asked = select.select([control], [], [], 0.02)[0]
+        for pid in list(children):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                children.discard(pid)
+                control.send(json.dumps([pid, os.waitstatus_to_exitcode(status)]).encode())
+        if asked:
+            message, fds, *_ = socket.recv_fds(control, 2**16, 4)
+            if not message:
+                return
+            born = os.fork()
+            if not born:
+                break
+            children.add(born)
+            control.send(json.dumps([born, None]).encode())
+            for fd in fds:
+                os.close(fd)
+    os.setsid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.fstat(fds[3]).st_ino != os.stat("/proc/self/ns/net").st_ino and libc.setns(fds[3], 0):
+        raise OSError(ctypes.get_errno(), "setns")
+    for number, fd in enumerate(fds[:3]):
+        os.dup2(fd, number)
+    for fd in (*fds, control.detach()):
+        os.close(fd)
+    argv, environment = json.loads(message)
+    os.environ.update(environment)
+    sys.argv = ["petals_min.py", *argv]
+    sys.exit(pm.main(argv))
+
+
+class Nursery:
+    """Speaks to a process that runs `nurse`."""
+
+    def __init__(self):
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        imports = "import ctypes, json, os, select, signal, socket, sys\nimport petals_min as pm\n"
+        program = f"{imports}{inspect.getsource(nurse)}\nnurse({theirs.fileno()})"
+        how = {"pass_fds": [theirs.fileno()], "env": os.environ | QUIET, "start_new_session": True}
+        self.popen = subprocess.Popen([sys.executable, "-c", program], **how)
+        theirs.close()
+        self.asking, self.news = threading.Lock(), threading.Condition()
+        self.born: list[int] = []
+        self.codes: dict[int, int] = {}  # pid -> exit code of those that have ended
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while message := self.control.recv(1000):
+            pid, code = json.loads(message)
+            with self.news:
+                self.codes.pop(pid, None)
+                if code is None:
+                    self.born.append(pid)
+                else:
+                    self.codes[pid] = code
+                self.news.notify_all()
+
+    def bear(self, argv: list[str], environment: dict[str, str], fds: list[int]) -> int:
+        """A child's pid. It is in the network namespace of the calling thread."""
+        with self.asking, open("/proc/thread-self/ns/net") as net:
+            message = json.dumps([argv, environment]).encode()
+            socket.send_fds(self.control, [message], [*fds, net.fileno()])
+            with self.news:
+                assert self.news.wait_for(lambda: self.born, PATIENCE), "the nursery bore nothing"
+                return self.born.pop()
+
+    def end(self) -> None:
+        self.control.shutdown(socket.SHUT_RDWR)
+        self.popen.wait(PATIENCE)
+
+
+class Forked:
+    """A child of the nursery, used like a subprocess.Popen."""
+
+    def __init__(self, nursery: Nursery, argv: list[str], environment: dict[str, str], log):
+        self.nursery = nursery
+        (stdin, ours), (theirs, stdout) = os.pipe(), os.pipe()
+        self.pid = nursery.bear(argv, environment, [stdin, stdout, log.fileno()])
+        self.stdin, self.stdout = os.fdopen(ours, "w"), os.fdopen(theirs)
+        os.close(stdin)
+        os.close(stdout)
+
+    def poll(self) -> int | None:
+        return self.nursery.codes.get(self.pid)
+
+    def wait(self, timeout: float) -> int:
+        with self.nursery.news:
+            if not self.nursery.news.wait_for(lambda: self.poll() is not None, timeout):
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+        return self.poll()
+
+    def send_signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+
 class Process:
-    """One `python petals_min.py …`, as its operator sees it: JSON on stdout, a log on stderr, an exit
-    code."""
+    """One `python petals_min.py …`, as its operator sees it: JSON on stdout, a log on stderr, an exit code.
+    forked: by the nursery, if there is one (the bench has none)."""
 
     running: list[Process] = []
+    nursery: Nursery | None = None
 
     def __init__(
-        self, folder: Path, *command: object, script: Path = HERE / "petals_min.py", **environment: str
+        self,
+        folder: Path,
+        *command: object,
+        script: Path = HERE / "petals_min.py",
+        forked: bool = False,
+        **environment: str,
     ):
         self.mark = (
             f"{os.getpid()}-{uuid.uuid4().hex[:8]}"  # every descendant carries it, whoever its parent is now
@@ -387,15 +500,20 @@ class Process:
         self.log = (
             Path(folder) / f"{command[0] if script.name == 'petals_min.py' else script.stem}-{self.mark}.log"
         )
-        self.popen = subprocess.Popen(
-            [sys.executable, str(script), *map(str, command)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            start_new_session=True,  # its own process group, as a terminal would give it
-            text=True,
-            env=os.environ | QUIET | {"PETALS_TEST_MARK": self.mark, **environment},
-        )
+        argv, environment = list(map(str, command)), QUIET | {"PETALS_TEST_MARK": self.mark, **environment}
+        with self.log.open("w") as log:
+            if forked and self.nursery:
+                self.popen = Forked(self.nursery, argv, environment, log)
+            else:
+                self.popen = subprocess.Popen(
+                    [sys.executable, str(script), *argv],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    start_new_session=True,  # its own process group, as a terminal would give it
+                    text=True,
+                    env=os.environ | environment,
+                )
         self.running.append(self)
 
     def hello(self) -> dict:
@@ -419,15 +537,15 @@ class Process:
 
     def family(self) -> list[int]:
         """The process ids of it and all its descendants that are alive, zombies apart."""
-        alive = []
+        alive = set() if self.popen.poll() is not None else {self.popen.pid}
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
                 if (
                     entry.name.isdigit()
                     and f"PETALS_TEST_MARK={self.mark}".encode() in (entry / "environ").read_bytes()
                 ):
-                    alive.append(int(entry.name))  # a zombie has an empty environ
-        return alive
+                    alive.add(int(entry.name))  # a zombie has an empty environ
+        return sorted(alive)
 
     def end(self, how: int = signal.SIGTERM, group: bool = False) -> tuple[int, float]:
         """Signal it; wait until it is gone, and at most 2 s for its children. Its exit code, the seconds it
@@ -449,6 +567,13 @@ class Process:
 
     def __exit__(self, *_: object) -> None:
         self.end(signal.SIGKILL)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nursery() -> Iterator[None]:
+    Process.nursery = Nursery()
+    yield
+    Process.nursery.end()
 
 
 @pytest.fixture(autouse=True)
@@ -524,7 +649,8 @@ def start_swarm(family: str, initial_peers: list[str], folder: Path) -> Iterator
                 "--attn_cache_tokens",
                 8192,
             ]
-            server = Process(folder, "serve", variant(family, index, reference, path), *options, *SERVE)
+            path_, forked = variant(family, index, reference, path), family != "llama"
+            server = Process(folder, "serve", path_, *options, *SERVE, forked=forked)
             servers.append(processes.enter_context(server))
         hellos = [server.hello() for server in servers]
         model = pm.AutoDistributedModelForCausalLM.from_pretrained(
@@ -1596,7 +1722,9 @@ def test_a_server_killed_between_forward_and_backward(
     options = {"dht_prefix": f"killed-{deep[:3]}-hf", "initial_peers": initial_peers}
     server_of(crowd.path, 0, 2, **options)
     flags = ["--dht_prefix", options["dht_prefix"], "--initial_peers", *initial_peers]
-    with Process(folder, "serve", crowd.path, "--block_indices", "2:5", *flags, *SERVE) as process:
+    with Process(
+        folder, "serve", crowd.path, "--block_indices", "2:5", *flags, *SERVE, forked=True
+    ) as process:
         process.hello()
         kind = pm.AutoDistributedModelForCausalLM
         model = kind.from_pretrained(crowd.path, update_period=0.5, min_backoff=0.1, **options, **OWN)
@@ -1865,6 +1993,41 @@ def test_a_layer_of_ones_own_between_remote_blocks_trains(llama):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_layer_of_ones_own_gets_the_gradients_of_local_autograd(llama):
+    ids, adapter = some_ids(3, 8), nn.Linear(48, 48)
+    base, layers = llama.model.transformer, llama.model.transformer.h
+    hidden = layers[:2](base.word_embeddings(ids))
+    logits = llama.model.lm_head(base.ln_f(layers[2:](hidden + adapter(hidden))))
+    logits.square().mean().backward()
+    actual = {name: p.grad.clone() for name, p in adapter.named_parameters()}
+    adapter.zero_grad()
+    block = blocks_of(llama.reference)[2]
+    hook = block.register_forward_pre_hook(lambda module, args: (args[0] + adapter(args[0]), *args[1:]))
+    llama.reference(ids).logits.square().mean().backward()
+    hook.remove()
+    same_gradients(actual, {name: p.grad for name, p in adapter.named_parameters()})
+
+
+def test_gradients_add_up_and_autocast_rounds_them(llama):
+    """Of the user's own LoRA: those of two halves of a batch are the whole one's; under autocast they are its
+    to 16 bits."""
+    model, ids = llama.load(**OWN), some_ids(4, 9)
+    own = make_own(model)
+
+    def gradient(batches, count: int, autocast: bool = False) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        for batch in batches:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(batch, labels=batch).loss / count
+            loss.backward()
+        return {name: p.grad.clone() for name, p in own.items()}
+
+    whole = gradient([ids], 1)
+    same_gradients(gradient(ids.split(2), 2), whole)
+    for name, grad in gradient([ids], 1, autocast=True).items():
+        assert grad.dtype == torch.float32 and 1e-6 < relative(grad, whole[name]) < 0.05, name
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3688,7 +3851,9 @@ def test_servers_with_smaller_weights(family, initial_peers, folder, tmp_path):
         for kind, options in {"none": [], **SMALLER}.items():
             options = [*SERVE, *options, "--public_name", kind, "--initial_peers", *initial_peers]
             command = ["serve", path, *options]
-            servers[kind] = stack.enter_context(Process(folder, *command, XDG_CACHE_HOME=str(tmp_path)))
+            servers[kind] = stack.enter_context(
+                Process(folder, *command, forked=True, XDG_CACHE_HOME=str(tmp_path))
+            )
         hellos = {kind: server.hello() for kind, server in servers.items()}
 
         def load(**options) -> transformers.PreTrainedModel:
@@ -3716,6 +3881,14 @@ def test_servers_with_smaller_weights(family, initial_peers, folder, tmp_path):
                     assert {str(span.peer) for span in session.route} == {hellos[kind]["peer_id"]}
                 assert relative(torch.cat(steps, dim=1), expected) < ARITHMETIC[kind], kind
             assert relative(gradient(model), gradient(same)) < ARITHMETIC[kind], kind
+            model = load(**one, **OWN)  # the user's own LoRA beside such weights
+            own = make_own(model)
+            leaves = {name: p.detach().clone().requires_grad_() for name, p in own.items()}
+            with adapting(same, leaves, 2.0):
+                assert relative(gradient(model), gradient(same)) < ARITHMETIC[kind], kind
+            assert all(
+                relative(own[name].grad, leaf.grad) < ARITHMETIC[kind] for name, leaf in leaves.items()
+            )
     kept = list(tmp_path.glob("petals_min/quantized/*.safetensors"))
     assert len(kept) == 2 * LAYERS  # int8 and int4
 
@@ -4024,13 +4197,16 @@ def test_what_a_server_tells_others(llama, folder):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     reached = ["--public_ip", "127.0.0.1", "--port", port, "--identity_path", key]
+    make_adapter(llama.reference, folder / "tuned", only="q_proj")
     named = ["--public_name", "Ada's", "--inference_max_length", 77, "--block_indices", "2:3"]
+    named += ["--adapters", folder / "tuned", "--max_lora_rank", 5]
     with Process(folder, "serve", llama.path, "--new_swarm", *prefix, *reached, *named) as server:
         hello = server.hello()
         assert hello["initial_peers"] == [f"/ip4/127.0.0.1/tcp/{port}/p2p/{hello['peer_id']}"]
         swarm = pm.wire().call(pm.Swarm.join(hello["initial_peers"], client_mode=True))
         info = pm.wire().call(pm.read_directory(swarm, "told-hf", 3))[2].popitem()[1]
-        assert (info.public_name, info.max_length) == ("Ada's", 77)
+        assert (info.public_name, info.max_length, info.max_lora_rank) == ("Ada's", 77, 5)
+        assert info.adapters == (str(folder / "tuned"),)
         pm.wire().call(swarm.leave())
         assert server.end()[0] == 0
     elsewhere = ["--announce_maddrs", "/ip4/127.0.0.1/tcp/4", "--host_maddrs", "/ip4/127.0.0.1/tcp/0"]
@@ -4526,7 +4702,7 @@ class Faults:
         ip = self.net.ip[host] if self.net is not None else "127.0.0.1"
         with self._inside(host):
             address = f"/ip4/{ip}/tcp/{self.ports[host]}"
-            self.processes[host] = Process(self.folder, *command, "--host_maddrs", address)
+            self.processes[host] = Process(self.folder, *command, "--host_maddrs", address, forked=True)
 
     def start(self, host: str, *options: object) -> None:
         """`whole` waits until it is online."""
