@@ -422,6 +422,8 @@ class ClientConfig:
     blocked_servers: Sequence[str] | None = None  # peer ids or public names
     allowed_quant_types: Sequence[str] | None = None  # such as ["none", "int8"]; None: servers of any
     use_server_to_server: bool = True  # let servers push their outputs to each other
+    # "float16": over slow links large payloads go in 16 bits, each time with an error of 2**-11 (`SLOW_PING`)
+    compression: str | None = None
     show_route: bool | str = "inference"  # log routes: of "inference" sessions, True: all, False: none
     trace: bool = False  # measure where each step's time goes: `session.trace`
     connect_timeout: float = 5
@@ -587,7 +589,8 @@ def expect(holds: Any, wanted: str, came: Any) -> None:
 def pack(tensor: Tensor, compression: int = runtime_pb2.NONE) -> runtime_pb2.Tensor:
     """A CPU tensor as hivemind's message."""
     tensor = tensor.detach()
-    if compression != runtime_pb2.NONE and tensor.numel():  # hivemind cannot quantize an empty tensor
+    # hivemind can compress neither integers nor nothing
+    if compression != runtime_pb2.NONE and tensor.numel() and tensor.is_floating_point():
         return serialize_torch_tensor(tensor.float(), compression)
     # Two bytes a value; hivemind would send float32.
     raw = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
@@ -600,6 +603,10 @@ def unpack(message: runtime_pb2.Tensor) -> Tensor:
     """The tensor of a message; ValueError where its bytes do not fit its shape and dtype."""
     shape, size = list(message.size), len(message.buffer)
     expect(message.dtype in WIRE_DTYPES, f"a tensor of {', '.join(WIRE_DTYPES)}", message.dtype)
+    dtype = getattr(torch, message.dtype)
+    plain = message.compression == runtime_pb2.NONE and size and min(shape, default=1) > 0
+    if plain and size == math.prod(shape) * dtype.itemsize:  # 4 us; hivemind takes 25
+        return torch.frombuffer(bytearray(message.buffer), dtype=dtype).view(shape)
     with _failing_as(ValueError, f"expected {message.dtype} {shape}; {size} bytes came"):
         tensor = deserialize_torch_tensor(message).detach()
     expect(list(tensor.shape) == shape, "sizes of 0 or more", shape)
@@ -610,10 +617,13 @@ def _size(message) -> int:
     return sum(len(tensor.buffer) for tensor in message.tensors)
 
 
-def pack_request(uid: str, tensors: Sequence[Tensor], metadata: dict) -> ExpertRequest:
+def pack_request(
+    uid: str, tensors: Sequence[Tensor], metadata: dict, compression: int = runtime_pb2.NONE
+) -> ExpertRequest:
     """A request of the given tensors, in order; `args_structure` says that order, as Petals' clients do."""
     metadata = metadata | {"args_structure": (tuple(f"__T{i}".encode() for i in range(len(tensors))), {})}
-    return ExpertRequest(uid=uid, tensors=map(pack, tensors), metadata=MSGPackSerializer.dumps(metadata))
+    packed = (pack(tensor, compression) for tensor in tensors)
+    return ExpertRequest(uid=uid, tensors=packed, metadata=MSGPackSerializer.dumps(metadata))
 
 
 def unpack_request(request: ExpertRequest, metadata: dict) -> list[Tensor]:
@@ -1019,6 +1029,9 @@ class Span:
         return self.peer.to_base58()
 
 
+peer_of = functools.lru_cache(4096)(PeerID.from_base58)  # 50 us without the cache
+
+
 def block_uids(prefix: str, start: int, end: int) -> list[str]:
     return [f"{prefix}.{index}" for index in range(start, end)]
 
@@ -1034,7 +1047,6 @@ async def read_directory(swarm: Swarm, prefix: str, count: int) -> list[dict[Pee
     itself."""
     uids, latest = block_uids(prefix, 0, count), {}  # peer -> the end of its latest record, and its blocks
     found, table = await swarm.get(uids), [{} for _ in uids]
-    peer_of = functools.cache(PeerID.from_base58)  # a server has a record for each of its blocks
     for uid, servers in zip(uids, table, strict=True):
         for name, entry in found[uid].items() if isinstance(found[uid], dict) else ():
             try:
@@ -1080,6 +1092,7 @@ DEFAULT_RPS = 300.0  # tokens/s per block where a server does not say (Petals' d
 DEFAULT_PING = 0.05  # seconds of round trip where nobody has measured one
 HOP_SECONDS = 0.002  # what one more server costs besides the network: two hand-offs and the (de)serialization
 MAX_PINGED = 32  # servers whose round trip is measured at one reading of the directory
+SLOW_PING = 0.008  # seconds of round trip from which on a link is slow: compression may help
 MAX_PING = 2.0  # seconds: the round trip of a server that did not answer a ping
 PING_SECONDS = 0.5  # for which the first reading waits for round trips
 CACHE_PENALTY = 10.0  # seconds added for a server whose cache does not hold the session (Petals' alloc_delay)
@@ -1164,6 +1177,14 @@ class Router:
 
     def succeeded(self, peer: PeerID) -> None:
         self.bans.pop(peer, None)
+
+    def compression(self, peer: PeerID, size: int) -> int:
+        """How to send a payload of `size` bytes to a server, and its answer back, in hivemind's terms. A
+        decode step is too small to gain; a fast link needs no help."""
+        kind = self.config.compression
+        _require(kind in (None, "float16"), f"compression {kind!r}: expected float16 or None")
+        slow = kind and size > OFFLOAD_BYTES and self.pings.get(peer, 0.0) > SLOW_PING
+        return runtime_pb2.FLOAT16 if slow else runtime_pb2.NONE
 
     async def probe(self, peer: PeerID, timeout: float) -> int | None:
         """Ask a server's own handler for a sign of life; PeerError if there is none in `timeout` seconds. If
@@ -1453,6 +1474,7 @@ class Hop:
         self.session_id = str(uuid.uuid4())
         # while it lives
         self.alive, self.history = False, History()
+        self.compression = router.compression
         self.traces: list[dict] | None = [] if router.config.trace else None  # what came with each answer
         self.answers: dict[str, asyncio.Future] = {}  # step id -> its answer, in the order of answers
 
@@ -1485,14 +1507,18 @@ class Hop:
             terms["push_from"] = self.upstream
         if self.traces is not None:
             terms["trace"] = True
+        kind = self.compression(self.span.peer, hidden.nbytes)
+        if kind != runtime_pb2.NONE:
+            terms["output_compression"] = [kind]
         ids, own = NO_IDS if step.hypo_ids is None else step.hypo_ids, terms.pop("own", ())
         # not awaited: a frozen server would block it for ever; who waits for the answer watches the server
-        _spawn(self._deliver([hidden, NOTHING if prompts is None else prompts, ids, *own], terms))
+        _spawn(self._deliver([hidden, NOTHING if prompts is None else prompts, ids, *own], terms, kind))
 
-    async def _deliver(self, tensors: list[Tensor], metadata: dict) -> None:
+    async def _deliver(self, tensors: list[Tensor], metadata: dict, compression: int) -> None:
         try:
             size = sum(tensor.nbytes for tensor in tensors)
-            await self.stream.send(await _off_loop(size, pack_request, self.uid, tensors, metadata))
+            request = await _off_loop(size, pack_request, self.uid, tensors, metadata, compression)
+            await self.stream.send(request)
         except Exception as error:
             self._fail(error)
             self.reader.cancel()
@@ -2198,7 +2224,11 @@ async def _request(
         due += [] if prompts is None else [prompts.expand(-1, len(tensors[0]), -1, -1)]
         due += own
     tensors = [*tensors, NOTHING if prompts is None else prompts, *own]
-    request = await _off_loop(sum(t.nbytes for t in tensors), pack_request, uid, tensors, metadata)
+    total = sum(tensor.nbytes for tensor in tensors)
+    kind = router.compression(span.peer, total)
+    if kind != runtime_pb2.NONE:
+        metadata["output_compression"] = [kind] * len(due)
+    request = await _off_loop(total, pack_request, uid, tensors, metadata, kind)
     size, patience = 4 * sum(tensor.numel() for tensor in due), router.config.request_timeout
     response = await call_large(router.swarm.p2p, span.peer, rpc, request, size, patience)
     try:
@@ -3581,13 +3611,13 @@ class TransformerConnectionHandler(ServicerBase):
         total, swarm = self.server.total, self.server.swarm
         fits = _text(name) and _count(start) and _count(end) and start < end <= total
         expect(fits and len(rest) < total, "next_servers with blocks of the model", (name, start, end))
-        dropped = ("push_from", "output_compression", "max_length", "alloc_timeout", "left_pad")
+        dropped = ("push_from", "max_length", "alloc_timeout", "left_pad")
         passed = {key: value for key, value in metadata.items() if key not in dropped}
         passed |= {"session_id": session_id, "next_servers": rest, "pushed": True}
         uid = " ".join(block_uids(self.server.prefix, start, end))
         request = pack_request(uid, [NOTHING, NOTHING, torch.tensor(order, dtype=torch.int64)], passed)
         request.tensors[0].CopyFrom(output)
-        peer = PeerID.from_base58(name)
+        peer = peer_of(name)
         if peer == swarm.peer_id:  # libp2p does not call itself
             await self.rpc_push(request, P2PContext("rpc_push", peer, peer))
         else:

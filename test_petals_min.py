@@ -471,6 +471,20 @@ class Forked:
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
         return self.poll()
 
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def communicate(self, stdin: str, timeout: float) -> tuple[str, None]:
+        output: list[str] = []
+        reader = threading.Thread(target=lambda: output.append(self.stdout.read()), daemon=True)
+        reader.start()
+        self.stdin.write(stdin)
+        self.stdin.close()
+        self.wait(timeout)
+        reader.join(timeout)
+        return output[0], None
+
     def send_signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
@@ -649,8 +663,8 @@ def start_swarm(family: str, initial_peers: list[str], folder: Path) -> Iterator
                 "--attn_cache_tokens",
                 8192,
             ]
-            path_, forked = variant(family, index, reference, path), family != "llama"
-            server = Process(folder, "serve", path_, *options, *SERVE, forked=forked)
+            checkpoint = variant(family, index, reference, path)
+            server = Process(folder, "serve", checkpoint, *options, *SERVE, forked=True)
             servers.append(processes.enter_context(server))
         hellos = [server.hello() for server in servers]
         model = pm.AutoDistributedModelForCausalLM.from_pretrained(
@@ -3403,6 +3417,45 @@ def test_an_interrupted_generate_leaves_the_session_where_it_was(crowd):
     assert new[0, -3:].tolist() == greedy(crowd.reference, torch.cat([text, more], dim=1), new=3)[0][-3:]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_large_payloads_go_in_16_bits_where_the_link_is_slow_and_the_user_says_so(
+    crowd, initial_peers, monkeypatch, dtype
+):
+    """Prompts, forward and backward passes, and their answers; decode steps stay as they are."""
+    load = functools.partial(pm.AutoDistributedModelForCausalLM.from_pretrained, crowd.path, dtype=dtype)
+    packed, ids = spy(monkeypatch, pm, "pack"), some_ids(3, 40)
+    monkeypatch.setattr(pm, "OFFLOAD_BYTES", 10_000)
+
+    def run(ping: float, **options) -> tuple:
+        """The results of a text, a forward and a backward pass; of all messages, whether they were large and
+        how they were compressed."""
+        model = load(initial_peers=initial_peers, **options)
+        router = model.model.layers.router
+        pm.wire().call(router.refresh())
+        router.pings = {server.swarm.peer_id: ping for server in crowd.servers}
+        packed.clear()
+        with torch.no_grad(), model.inference_session(max_length=64) as session:
+            first, second = model(ids).logits, model(ids[:, :1]).logits
+            assert session.position == 41
+        hidden = torch.randn(3, 40, 48, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        output = model.model.layers(hidden)
+        output.square().sum().backward()
+        sent = [call.args for call in packed if call.args[0].numel() and call.args[0].is_floating_point()]
+        kinds = [(args[0].numel() > 1000, (*args, 0)[1]) for args in sent]
+        return [first.float(), second.float(), output.detach(), hidden.grad], kinds
+
+    plain, kinds = run(1.0)
+    assert {kind for _, kind in kinds} == {runtime_pb2.NONE}
+    near, kinds = run(1e-3, compression="float16")
+    assert {kind for _, kind in kinds} == {runtime_pb2.NONE}
+    far, kinds = run(1.0, compression="float16")
+    assert set(kinds) == {(True, runtime_pb2.FLOAT16), (False, runtime_pb2.NONE)}
+    for one, other, third in zip(plain, far, near, strict=True):  # the model magnifies 2**-11 thirty times
+        assert torch.equal(one, third) and 1e-6 < relative(other, one) < 0.03
+    with pytest.raises(ValueError, match="compression 'gzip': expected float16"):
+        run(1.0, compression="gzip")
+
+
 def test_an_answer_that_is_large_comes_by_stream(crowd, monkeypatch):
     """Gradients of deep prompts that the rows share come for each row: many times what was sent."""
     x, prompts = torch.randn(14, 9, 48), torch.randn(LAYERS, 1, 8, 48, requires_grad=True)
@@ -3883,6 +3936,8 @@ def test_servers_with_smaller_weights(family, initial_peers, folder, tmp_path):
             assert relative(gradient(model), gradient(same)) < ARITHMETIC[kind], kind
             model = load(**one, **OWN)  # the user's own LoRA beside such weights
             own = make_own(model)
+            for matrix in own.values():
+                matrix.data /= 4  # as tame as the model
             leaves = {name: p.detach().clone().requires_grad_() for name, p in own.items()}
             with adapting(same, leaves, 2.0):
                 assert relative(gradient(model), gradient(same)) < ARITHMETIC[kind], kind
@@ -4085,7 +4140,8 @@ def test_a_server_ends_well_however_it_is_ended(llama, folder):
     how = {"1:2": signal.SIGINT, "2:3": signal.SIGTERM, "3:4": signal.SIGKILL}
     options = ["--dht_prefix", "mortal-hf", "--initial_peers", *llama.initial_peers, *SERVE]
     servers = {
-        blocks: Process(folder, "serve", llama.path, "--block_indices", blocks, *options) for blocks in how
+        blocks: Process(folder, "serve", llama.path, "--block_indices", blocks, *options, forked=True)
+        for blocks in how
     }
     terminal = Process(folder, "dht", "--host_maddrs", "/ip4/127.0.0.1/tcp/0")
     hasty = Process(folder, "serve", llama.path, "--block_indices", "0:1", *options)
@@ -4184,7 +4240,7 @@ def test_what_cannot_be_is_said_by_a_process_that_leaves_nothing_behind(llama, f
             ),
             (["chat", llama.path, *nowhere], r"no server online holds blocks 0\.\.4 of 'empty'"),
         ]
-        processes = [Process(folder, *command) for command, _ in cases]
+        processes = [Process(folder, *command, forked=True) for command, _ in cases]
         for process, (command, message) in zip(processes, cases, strict=True):
             result = process.finish()
             assert result.code == 2 and re.search(message, result.err), (command, result)
@@ -4210,7 +4266,7 @@ def test_what_a_server_tells_others(llama, folder):
         pm.wire().call(swarm.leave())
         assert server.end()[0] == 0
     elsewhere = ["--announce_maddrs", "/ip4/127.0.0.1/tcp/4", "--host_maddrs", "/ip4/127.0.0.1/tcp/0"]
-    with Process(folder, "dht", "--identity_path", key, *elsewhere) as peer:
+    with Process(folder, "dht", "--identity_path", key, *elsewhere, forked=True) as peer:
         same = hello["peer_id"]
         assert peer.hello()["initial_peers"] == [f"/ip4/127.0.0.1/tcp/4/p2p/{same}"]
 
@@ -4232,14 +4288,11 @@ def test_the_commands_of_a_user(llama, folder):
     """generate, chat and status as processes, against the swarm of the tests."""
     tokenizer, peers = tokenizer_for(llama.path), ["--initial_peers", *llama.initial_peers]
     model = ["--dht_prefix", llama.hellos[0]["dht_prefix"], *peers]
-    greedy_ = Process(
-        folder, "generate", llama.path, "--prompt", "w5 w6 w7", "--greedy", "--max_new_tokens", 12, *model
-    )
-    sampled = Process(
-        folder, "generate", llama.path, "--prompt", "w5", "--seed", 3, "--max_new_tokens", 8, *model
-    )
+    run = functools.partial(Process, folder, forked=True)
+    greedy_ = run("generate", llama.path, "--prompt", "w5 w6 w7", "--greedy", "--max_new_tokens", 12, *model)
+    sampled = run("generate", llama.path, "--prompt", "w5", "--seed", 3, "--max_new_tokens", 8, *model)
     chat = Process(folder, "chat", llama.path, "--greedy", "--max_new_tokens", 6, *model)
-    table, facts = (Process(folder, "status", llama.path, *model, *more) for more in ([], ["--json"]))
+    table, facts = (run("status", llama.path, *model, *more) for more in ([], ["--json"]))
 
     def says(text: str, new: int, **how) -> str:
         ids = tokenizer(text, return_tensors="pt").input_ids
@@ -4262,7 +4315,7 @@ def test_the_commands_of_a_user(llama, folder):
     )
     result = json.loads(facts.finish().out)
     if result["holes"]:  # seen twice on busy machines, cause not yet known: a record that was not found
-        facts = Process(folder, "status", llama.path, *model, "--json")
+        facts = run("status", llama.path, *model, "--json")
         result = json.loads(facts.finish().out)
     assert result["holes"] == [] and result["num_blocks"] == LAYERS
     assert [(s["peer_id"], s["blocks"], s["state"]) for s in result["servers"]] == [
