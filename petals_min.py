@@ -2700,8 +2700,11 @@ def _read_weights(
                 raise UserError(f"{checkpoint.name!r} lacks {layer}{theirs[names.index(None)]}{end}")
             continue
         shapes = [checkpoint.shape(stored[name]) for name in names]
-        rows = [shape[0] for shape in shapes]
+        rows, quantize = [shape[0] for shape in shapes], kind != "none" and ours + end in MATRICES
         whole = torch.empty(sum(rows), *shapes[0][1:], dtype=dtype, device=device)
+        if whole.dim() == 2 and not (quantize or experts) and dtype == torch.float32 and whole.is_cpu:
+            # column after column: one row times it takes 20 ms instead of 26 per 377 MB, two 35 instead of 46
+            whole = torch.empty(whole.shape[::-1], dtype=dtype).t()
         places, sources = whole.split(rows), (checkpoint.read(stored[name]) for name in names)
         if ours == "qkv":
             came, wanted = list(whole.shape), [sum(spec.qkv_sizes), spec.hidden][: whole.dim()]
@@ -2714,7 +2717,6 @@ def _read_weights(
         for place, source in zip(places, sources, strict=True):
             place.copy_(source)
         whole = whole.unflatten(0, (experts, -1)) if experts else whole
-        quantize = kind != "none" and ours + end in MATRICES
         weights[ours + end] = matmul.quantize(whole, kind) if quantize else whole
     return weights
 
