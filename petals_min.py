@@ -2700,9 +2700,9 @@ def _read_weights(
                 raise UserError(f"{checkpoint.name!r} lacks {layer}{theirs[names.index(None)]}{end}")
             continue
         shapes = [checkpoint.shape(stored[name]) for name in names]
-        rows, quantize = [shape[0] for shape in shapes], kind != "none" and ours + end in MATRICES
+        rows = [shape[0] for shape in shapes]
         whole = torch.empty(sum(rows), *shapes[0][1:], dtype=dtype, device=device)
-        if whole.dim() == 2 and not (quantize or experts) and dtype == torch.float32 and whole.is_cpu:
+        if kind == "none" and whole.dim() == 2 and not experts and dtype == torch.float32 and whole.is_cpu:
             # column after column: one row times it takes 20 ms instead of 26 per 377 MB, two 35 instead of 46
             whole = torch.empty(whole.shape[::-1], dtype=dtype).t()
         places, sources = whole.split(rows), (checkpoint.read(stored[name]) for name in names)
@@ -2717,6 +2717,7 @@ def _read_weights(
         for place, source in zip(places, sources, strict=True):
             place.copy_(source)
         whole = whole.unflatten(0, (experts, -1)) if experts else whole
+        quantize = kind != "none" and ours + end in MATRICES
         weights[ours + end] = matmul.quantize(whole, kind) if quantize else whole
     return weights
 
@@ -2908,6 +2909,8 @@ class RowTables:
         self.tables: list[list[int]] = [[] for _ in own]
         self.users = Counter()  # page -> rows that have it
         self.pads = list(left_pad) or [0] * len(own)
+        # time.perf_counter() of its last answer, and how long its client then took for the next step; s
+        self.answered = self.away = math.inf
 
     def truncate(self, position: int) -> None:
         """Forget all tokens from this position of the session on."""
@@ -2948,6 +2951,7 @@ class RowTables:
 # Tokens of one pass; a larger step goes in such pieces, a block at a time between the passes of the others.
 # On a CPU 128 are as fast, each, as 1,000 (mid: 2.5 and 2.3 ms). A GPU must read the weights for each piece.
 TURN_TOKENS, TURN_TOKENS_CUDA = 128, 512
+EXPECTED_SHARE = 0.25  # of a pass's time: a client that is back so soon is worth waiting for
 KEPT_SECONDS = 120.0  # for which a forward pass is kept for its backward pass
 
 
@@ -3014,6 +3018,8 @@ class Executor(threading.Thread):
         self.places = lora_places(config, next(iter(blocks.values())))  # alike in all blocks of a model
         self.adapters: dict[str, dict[int, BlockLora]] = {}  # name -> block -> what it adds
         self.passes = self.steps = 0  # for status and tests: passes, finished steps
+        self._expected: set[RowTables] = set()  # sessions whose next step should be here soon
+        self._last_pass = 0.0, 0.0  # its begin and end
         self.progress, self.busy = 0, False  # blocks computed so far; whether there is anything to do
         # forward passes for their backward passes, by name: since when, bytes, a link for each block
         self.kept: dict[str, tuple[float, int, list[tuple]]] = {}
@@ -3028,6 +3034,9 @@ class Executor(threading.Thread):
             if self._stopping:
                 raise PetalsError("the server is shutting down")
             self._inbox.append(work)
+            if work.tables is not None:
+                work.tables.away = time.perf_counter() - work.tables.answered
+                self._expected.discard(work.tables)
             self._news.notify()
         return work.future
 
@@ -3050,6 +3059,8 @@ class Executor(threading.Thread):
                     self._news.wait(KEPT_SECONDS if self.kept else None)
                     self._forget_old()
                 self.busy = True
+                if not (prompts or slow):
+                    self._wait_for_expected()
                 fresh, self._inbox = self._inbox, []
             small, budget = [], self.turn_tokens
             for work in sorted(fresh, key=lambda work: work.tokens_left):
@@ -3073,6 +3084,26 @@ class Executor(threading.Thread):
             if slow and (slow[0][0].future.cancelled() or self._advance(*slow[0])):
                 slow.popleft()
 
+    def _wait_for_expected(self) -> None:
+        """Before a pass: wait a little for the clients of the last one that are usually back at once. Without
+        this two groups of clients take turns for ever, in passes half as full. With the lock."""
+        began, ended = self._last_pass
+        while self._inbox and self._expected and not self._stopping:
+            left = ended + EXPECTED_SHARE * (ended - began) - time.perf_counter()
+            if left <= 0:
+                break
+            self._news.wait(left)
+        self._expected.clear()
+
+    def _expect(self, steps: list[Work], began: float) -> None:
+        """After a pass: its clients that stayed away for a small share of its time will be back soon."""
+        now = time.perf_counter()
+        self._last_pass = began, now
+        for work in steps:
+            work.tables.answered = now
+            if 0 <= work.tables.away < EXPECTED_SHARE * (now - began):
+                self._expected.add(work.tables)
+
     def _finished(self, work: Work) -> None:
         self.steps += 1
         wire().soon(work.settle, work.output)
@@ -3083,6 +3114,7 @@ class Executor(threading.Thread):
 
     def _turn(self, steps: list[Work]) -> None:
         """One pass with all tokens of these steps."""
+        began = time.perf_counter()
         try:
             with torch.inference_mode():
                 self._run_pass(steps)
@@ -3092,6 +3124,7 @@ class Executor(threading.Thread):
             for step in steps if len(steps) > 1 else ():  # find out whose fault it is: each alone
                 self._turn([step])
             return
+        self._expect(steps, began)
         for work in steps:
             self._finished(work)
 
