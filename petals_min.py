@@ -3972,7 +3972,9 @@ def _stay_online(swarm: Swarm, text: str, **facts: Any) -> None:
     peers = wire().call(swarm.addresses())
     _say(f"{text} --initial_peers {' '.join(peers)}")
     _report(state="online", **facts, peer_id=str(swarm.peer_id), initial_peers=peers)
-    wire().call(swarm.p2p._child.wait())
+    ended = asyncio.run_coroutine_threadsafe(swarm.p2p._child.wait(), wire().loop)
+    while not ended.done():  # subtle: Python may overlook a signal that comes just before it waits for a lock
+        time.sleep(0.5)
     raise PetalsError("libp2p's daemon ended, so nobody reaches this process any more; start it again")
 
 
