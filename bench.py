@@ -1176,7 +1176,7 @@ def movie_reviews() -> list[tuple[str, int]]:
 def train(steps: int = 40, batch: int = 16, rate: float = 0.01, held_out: int = 200) -> None:
     """Question: what do 16 soft prompts learn of film reviews, in 40 steps through two servers whose blocks
     are frozen; and what does a step take beside transformers alone, frozen too, on the same cores? Both
-    compute in the checkpoint's dtype; the servers compute each block's forward pass a second time."""
+    compute in the checkpoint's dtype; the servers keep the forward passes for the backward ones."""
     path, reviews = str(pm._demo_checkpoint()), movie_reviews()
     tokenizer = AutoTokenizer.from_pretrained(path)
     words = [tokenizer(word).input_ids[0] for word in VERDICTS]
@@ -1250,7 +1250,7 @@ INSTRUCTION = (
 def backward(rows: int = 8, tokens: int = 128, repeats: int = 5) -> None:
     """Question: what do a forward and a backward pass of a frozen 250M-parameter Llama cost over two servers
     of one thread each, beside transformers alone, frozen too, with two threads? The gradient goes to the
-    input embeddings. Each block's forward pass is computed twice, so that the floor is 1.5."""
+    input embeddings. The servers keep the forward pass for the backward one, so that the floor is 1."""
     sizes = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, num_attention_heads=16)
     sizes |= dict(num_key_value_heads=16, vocab_size=24000, initializer_range=0.02)
     reference = make_model("llama", **sizes, head_dim=64).requires_grad_(False)

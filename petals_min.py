@@ -686,7 +686,7 @@ def split_message(message) -> Iterable[Any]:
             yield type(message)(tensors=[part], **_head(message))
 
 
-async def join_messages(messages: AsyncIterator[Any], limit: int = 2**31) -> Any:
+async def join_messages(messages: AsyncIterator[Any], limit: int = 2**30) -> Any:
     """The inverse of `split_message`; at most `limit` bytes in all."""
     first, parts, total = None, [], 0
     async for message in messages:
@@ -3348,6 +3348,7 @@ class _Part:
 MAX_PUSHES, MAX_PUSH_BYTES = 64, 2**28  # held until their turn: per session, in all sessions together
 MAX_SEEN = 1024  # step ids that a session remembers
 MAX_REQUEST_BYTES = 2**27  # as float32, of the hidden states of a forward or backward request of several rows
+MAX_HELD_BYTES = 2**30  # of forward and backward requests together
 MAX_LORA_BYTES = 2**30  # of clients' own LoRA, in all sessions together
 REQUEST_TIMEOUT = 3 * 60.0  # seconds in which a streamed request must be here, as in Petals
 
@@ -3453,6 +3454,7 @@ class TransformerConnectionHandler(ServicerBase):
         self.server, self.executor, self.pool = server, server.executor, server.pool
         self.uids = block_uids(server.prefix, server.span.start, server.span.stop)
         self.sessions: dict[str, ServerSession] = {}
+        self.held = 0  # bytes of the forward and backward requests that wait or are being computed
 
     # ---- checks: everything a stranger sends passes here
 
@@ -3526,7 +3528,16 @@ class TransformerConnectionHandler(ServicerBase):
     async def rpc_forward(self, request: ExpertRequest, context: P2PContext) -> ExpertResponse:
         """Tensors [hidden, prompts] -> [output]; as rpc_backward [hidden, gradient, prompts] -> the gradients
         of the inputs."""
-        backward = "rpc_backward" in context.handle_name
+        size, backward = _size(request), "rpc_backward" in context.handle_name
+        if self.held + size > MAX_HELD_BYTES:
+            raise AllocationFailed(f"no room for {size} bytes: {self.held} of {MAX_HELD_BYTES} are in work")
+        self.held += size
+        try:
+            return await self._forward(request, backward, context.remote_id)
+        finally:
+            self.held -= size
+
+    async def _forward(self, request: ExpertRequest, backward: bool, client: PeerID) -> ExpertResponse:
         blocks, metadata = self._blocks(request.uid), checked_metadata(request)
         hidden, *grad, prompts, _, own = await self._inputs(request, metadata, blocks, 1 + backward)
         (B, T), most, pads = hidden.shape[:2], self.server.max_length, metadata.get("left_pad", ())
@@ -3535,7 +3546,7 @@ class TransformerConnectionHandler(ServicerBase):
         expect(fits, f"rows of 1 to {most} tokens, one or {room} tokens in all", [B, T])
         expect(not (any(pads) and prompts.shape[2]), "left_pad or prompts outside a session", "both")
         expect(len(own) in (0, len(blocks)), f"LoRA for all of {blocks} or none", list(own))
-        keep = f"{context.remote_id} {blocks} {metadata['keep']}" if metadata.get("keep") else ""
+        keep = f"{client} {blocks} {metadata['keep']}" if metadata.get("keep") else ""
         what = {"left_pad": pads, "own": own, "lora": self._adapter(metadata), "keep": keep}
         work = Work(blocks, hidden, prompts, *grad, **what)
         return await self._response(await self.executor.submit(work), metadata)

@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import ctypes
@@ -39,6 +40,7 @@ import itertools
 import json
 import lzma
 import math
+import operator
 import os
 import random
 import re
@@ -2940,6 +2942,10 @@ def test_what_a_stranger_sends_is_checked(recorded_servers, monkeypatch):
     with pytest.raises(Exception, match=r"one or 5 tokens in all; \[2, 3\] came"):
         stranger.call("rpc_forward", ask(uid, [good], {}))
     assert stranger.call("rpc_forward", ask(uid, [good[:1].repeat(1, 2, 1)], {})).tensors
+    monkeypatch.setattr(pm, "MAX_HELD_BYTES", good.nbytes - 1)  # of all that waits
+    with pytest.raises(Exception, match=f"no room for {good.nbytes} bytes: 0 of"):
+        stranger.call("rpc_forward", ask(uid, [good], {}))
+    assert stranger.call("rpc_forward", ask(uid, [good[:1]], {})).tensors and server.handler.held == 0
     huge = runtime_pb2.Tensor(buffer=b"", size=[2**30, 2**20, 32], dtype="float32")
     assert "bytes" in refused(
         11, ExpertRequest(uid=uid, tensors=[huge], metadata=ask(uid, [], terms).metadata)
@@ -5236,6 +5242,16 @@ def in_another_process(function: str, *arguments, interpret: bool) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def elsewhere(request) -> Iterator[dict[tuple, concurrent.futures.Future]]:
+    """What the selected tests have done in other processes, as many at a time as there are cores."""
+    chosen = [item.callspec.params for item in request.session.items if "elsewhere" in item.fixturenames]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        run = functools.partial(pool.submit, in_another_process)
+        calls = map(operator.itemgetter("call", "interpret"), chosen)
+        yield {call: run(*call, interpret=interpret) for call, interpret in calls}
+
+
 def alibi(N: int, device="cpu"):
     """Slopes as ALiBi has them, [N]."""
     return torch.tensor([2 ** (-8 * (n + 1) / N) for n in range(N)], device=device)
@@ -5574,10 +5590,13 @@ def interpreted_matmul():
 
 
 @needs_triton
-@pytest.mark.parametrize("what", ["attention", "batch", "large_pool", "fusions", "matmul"])
-def test_kernels_in_the_interpreter(what):
+@pytest.mark.parametrize("interpret", [True])
+@pytest.mark.parametrize(
+    "call", [(f"interpreted_{what}",) for what in ("attention", "batch", "large_pool", "fusions", "matmul")]
+)
+def test_kernels_in_the_interpreter(elsewhere, call, interpret):
     """The Triton code itself, run by numpy: float32 and float16 (the interpreter gets bfloat16 wrong)."""
-    in_another_process(f"interpreted_{what}", interpret=True)
+    elsewhere[call].result()
 
 
 # ---------------------------------------------------------------------------------------------- ahead of time
@@ -5706,11 +5725,12 @@ def compiled_all(sm: int):
 
 
 @needs_triton
-@pytest.mark.parametrize("sm", [80, 90])
-def test_kernels_compile_within_the_chips_bounds(sm):
+@pytest.mark.parametrize("interpret", [False])
+@pytest.mark.parametrize("call", [("compiled_all", 80), ("compiled_all", 90)])
+def test_kernels_compile_within_the_chips_bounds(elsewhere, call, interpret):
     """No spills, shared memory within the chip's, loads ahead of use in decode, the chip's matrix units in
     prefill."""
-    print(in_another_process("compiled_all", sm, interpret=False))
+    print(elsewhere[call].result())
 
 
 # --------------------------------------------------------------------------------------------------- on a GPU
