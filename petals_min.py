@@ -20,7 +20,7 @@ The trip of one token
 
 Sections: 1 basics, 2 families, 3 checkpoints, 4 wire, 5 directory, 6 routing, 7 to 9 sessions (one server,
 the route, the user's side), 10 RemoteSequential, 11 auto classes, 12 blocks, 13 paged cache, 14 executor, 15
-request handler, 16 server, 17 command line, 18 demo.
+requests without cache, 16 a server's sessions, 17 request handler, 18 server, 19 command line, 20 demo.
 
 Threads: which one owns what
     wire thread      one per process: an asyncio loop that owns every socket, the libp2p host, the DHT node,
@@ -3021,9 +3021,7 @@ class Executor(threading.Thread):
         self._expected: set[RowTables] = set()  # sessions whose next step should be here soon
         self._last_pass = 0.0, 0.0  # its begin and end
         self.progress, self.busy = 0, False  # blocks computed so far; whether there is anything to do
-        # forward passes for their backward passes, by name: since when, bytes, a link for each block
-        self.kept: dict[str, tuple[float, int, list[tuple]]] = {}
-        self.graph_bytes = free_memory(self.device) // 20  # for these
+        self.without_cache = WithoutCache(self)
         self._inbox: list[Work] = []
         self._news = threading.Condition()
         self._stopping = False
@@ -3056,8 +3054,8 @@ class Executor(threading.Thread):
             with self._news:
                 while not (self._inbox or prompts or slow or self._stopping):
                     self.busy = False
-                    self._news.wait(KEPT_SECONDS if self.kept else None)
-                    self._forget_old()
+                    self._news.wait(KEPT_SECONDS if self.without_cache.kept else None)
+                    self.without_cache.forget_old()
                 self.busy = True
                 if not (prompts or slow):
                     self._wait_for_expected()
@@ -3065,7 +3063,7 @@ class Executor(threading.Thread):
             small, budget = [], self.turn_tokens
             for work in sorted(fresh, key=lambda work: work.tokens_left):
                 if work.tables is None:
-                    slow.append((work, self._pass_through(work)))
+                    slow.append((work, self.without_cache.run(work)))
                 elif work.tokens_left <= budget:
                     budget -= work.tokens_left
                     small.append(work)
@@ -3207,97 +3205,6 @@ class Executor(threading.Thread):
             wire().soon(work.settle, result)
         return result is not None
 
-    def without_cache(self, rows: int, tokens: int, left_pad: Sequence[int] = ()) -> Callable:
-        """A function (block index, [B, T, H], the block's LoRA) -> [B, T, H] for a batch that is in no
-        session."""
-        pads = torch.tensor(left_pad or [0] * rows)
-        at = (torch.arange(tokens) - pads[:, None]).clamp(min=0).flatten().to(self.device)
-        cos, sin = self.rotary(at, [(tokens, tokens - pad) for pad in pads.tolist()], self.dtype)
-
-        def attend(block: Block, qkv: Tensor) -> Tensor:
-            N, K = block.spec.heads, block.spec.kv_heads
-            qk, v = qkv.split([N + K, K], dim=1)
-            qk = qk if cos is None else attention.rotate(qk, cos, sin)
-            q, k, v = (t.unflatten(0, (rows, tokens)) for t in (*qk.split([N, K], dim=1), v))
-            return attention.fresh(q, k, v, left_pad, **block.attention)
-
-        def run(index: int, x: Tensor, its: BlockLora | None = None) -> Tensor:
-            adapted = [(slice(None), its)] if its else ()
-            return self.blocks[index](x.reshape(rows * tokens, -1), attend, adapted).view(x.shape)
-
-        return run
-
-    def _link(self, work: Work, index: int, x: Tensor, run: Callable, graph: bool) -> tuple:
-        """One block of a request without cache: its input, the matrices of the client's own LoRA there, its
-        output; with autograd's graph between them or not."""
-        own = work.own.get(index, ())
-        with torch.set_grad_enabled(graph):
-            x = x.detach().requires_grad_(graph)
-            matrices = [matrix.requires_grad_(graph) for _, *both, _ in own for matrix in both]
-            lora = block_lora(self.places, own, device=self.device) if own else work.lora.get(index)
-            return x, matrices, run(index, x, lora)
-
-    def _pass_through(self, work: Work) -> Iterator[list[Tensor] | None]:
-        """A forward pass without cache, a backward pass if the work has a gradient. Yields None after every
-        block, then [output], or [gradient of the input] and, with prompts, theirs [blocks, B, P, H], with the
-        client's own LoRA those of its matrices [blocks, …], float32.
-
-        A backward pass needs each block's input and the graph of its output. A forward pass whose client
-        wants it (`keep`) leaves them; else they are made first. Graphs that would take too much memory are
-        made when their turn comes."""
-        x, links = work.hidden.to(self.device, self.dtype), []
-        for_backward = work.keep or work.grad is not None
-        prompts, length = work.prompts.to(x), work.prompts.shape[2]
-        run = self.without_cache(*x.shape[:2], work.left_pad)
-        kept = self.kept.pop(work.keep, None) if work.grad is not None else None
-        graphs = self.graph_bytes // 2 // self._graph_bytes(x) if for_backward else 0
-        for index, given in zip(work.blocks, prompts, strict=True) if kept is None else ():
-            if length:
-                x = torch.cat([x[:, :length] + given, x[:, length:]], dim=1)
-            leaf, own, output = self._link(work, index, x, run, len(links) < graphs)
-            if for_backward:
-                links.append((leaf, own, output if len(links) < graphs else None))
-            x = output.detach()
-            yield
-        if work.grad is None:
-            if work.keep:
-                self._keep(work.keep, links)
-            yield [x.to("cpu")]
-            return
-        links = kept[2] if kept else links
-        grad, prompt_grads, own_grads = work.grad.to(x), [], []
-        for index in reversed(work.blocks):
-            leaf, own, output = links.pop()
-            if output is None:
-                leaf, own, output = self._link(work, index, leaf, run, True)
-            grad, *its = torch.autograd.grad(output, [leaf, *own], grad)
-            prompt_grads.insert(0, grad[:, :length])
-            own_grads.insert(0, its)
-            yield
-        tuned = [prompt_grads] * bool(length) + list(zip(*own_grads, strict=True))
-        yield [each.to("cpu") for each in (grad, *map(torch.stack, map(list, tuned)))]
-
-    def _graph_bytes(self, x: Tensor) -> int:
-        """About what the graph of one block takes for x [B, T, H]: every matrix's inputs and outputs."""
-        weights = self.blocks[min(self.blocks)].weights
-        shapes = (weights[name].shape for name in MATRICES if name in weights)
-        return x.shape[0] * x.shape[1] * x.itemsize * sum(N + K for *_, N, K in shapes)
-
-    def _keep(self, name: str, links: list) -> None:
-        """Keep a forward pass for its backward pass. The oldest ones go if there is no room."""
-        x = links[0][0]
-        size = len(links) * x.nbytes + sum(link[2] is not None for link in links) * self._graph_bytes(x)
-        self._forget_old()
-        while self.kept and size + sum(size for _, size, _ in self.kept.values()) > self.graph_bytes:
-            del self.kept[next(iter(self.kept))]
-        if size <= self.graph_bytes:
-            self.kept[name] = time.monotonic(), size, links
-
-    def _forget_old(self) -> None:
-        for name, (since, *_) in list(self.kept.items()):
-            if time.monotonic() - since > KEPT_SECONDS:
-                del self.kept[name]
-
 
 class _Part:
     """What one step contributes to a pass: the next `portion` tokens of its rows, without padding. Executor
@@ -3342,7 +3249,115 @@ class _Part:
 
 
 # ============================================================================================================
-# 15  Request handler: what a server answers
+# 15  Requests without cache: forward and backward passes
+# ============================================================================================================
+
+
+class WithoutCache:
+    """Forward and backward requests, which leave nothing in the cache: a block at a time, between the passes
+    of sessions. Executor thread."""
+
+    def __init__(self, executor: Executor):
+        self.blocks, self.places, self.rotary = executor.blocks, executor.places, executor.rotary
+        self.dtype, self.device = executor.dtype, executor.device
+        # forward passes for their backward passes, by name: since when, bytes, a link for each block
+        self.kept: dict[str, tuple[float, int, list[tuple]]] = {}
+        self.graph_bytes = free_memory(executor.device) // 20  # for these
+
+    def runner(self, rows: int, tokens: int, left_pad: Sequence[int] = ()) -> Callable:
+        """A function (block index, [B, T, H], the block's LoRA) -> [B, T, H] for a batch that is in no
+        session."""
+        pads = torch.tensor(left_pad or [0] * rows)
+        at = (torch.arange(tokens) - pads[:, None]).clamp(min=0).flatten().to(self.device)
+        cos, sin = self.rotary(at, [(tokens, tokens - pad) for pad in pads.tolist()], self.dtype)
+
+        def attend(block: Block, qkv: Tensor) -> Tensor:
+            N, K = block.spec.heads, block.spec.kv_heads
+            qk, v = qkv.split([N + K, K], dim=1)
+            qk = qk if cos is None else attention.rotate(qk, cos, sin)
+            q, k, v = (t.unflatten(0, (rows, tokens)) for t in (*qk.split([N, K], dim=1), v))
+            return attention.fresh(q, k, v, left_pad, **block.attention)
+
+        def run(index: int, x: Tensor, its: BlockLora | None = None) -> Tensor:
+            adapted = [(slice(None), its)] if its else ()
+            return self.blocks[index](x.reshape(rows * tokens, -1), attend, adapted).view(x.shape)
+
+        return run
+
+    def _link(self, work: Work, index: int, x: Tensor, run: Callable, graph: bool) -> tuple:
+        """One block of a request without cache: its input, the matrices of the client's own LoRA there, its
+        output; with autograd's graph between them or not."""
+        own = work.own.get(index, ())
+        with torch.set_grad_enabled(graph):
+            x = x.detach().requires_grad_(graph)
+            matrices = [matrix.requires_grad_(graph) for _, *both, _ in own for matrix in both]
+            lora = block_lora(self.places, own, device=self.device) if own else work.lora.get(index)
+            return x, matrices, run(index, x, lora)
+
+    def run(self, work: Work) -> Iterator[list[Tensor] | None]:
+        """A forward pass without cache, a backward pass if the work has a gradient. Yields None after every
+        block, then [output], or [gradient of the input] and, with prompts, theirs [blocks, B, P, H], with the
+        client's own LoRA those of its matrices [blocks, …], float32.
+
+        A backward pass needs each block's input and the graph of its output. A forward pass whose client
+        wants it (`keep`) leaves them; else they are made first. Graphs that would take too much memory are
+        made when their turn comes."""
+        x, links = work.hidden.to(self.device, self.dtype), []
+        for_backward = work.keep or work.grad is not None
+        prompts, length = work.prompts.to(x), work.prompts.shape[2]
+        run = self.runner(*x.shape[:2], work.left_pad)
+        kept = self.kept.pop(work.keep, None) if work.grad is not None else None
+        graphs = self.graph_bytes // 2 // self._graph_bytes(x) if for_backward else 0
+        for index, given in zip(work.blocks, prompts, strict=True) if kept is None else ():
+            if length:
+                x = torch.cat([x[:, :length] + given, x[:, length:]], dim=1)
+            leaf, own, output = self._link(work, index, x, run, len(links) < graphs)
+            if for_backward:
+                links.append((leaf, own, output if len(links) < graphs else None))
+            x = output.detach()
+            yield
+        if work.grad is None:
+            if work.keep:
+                self._keep(work.keep, links)
+            yield [x.to("cpu")]
+            return
+        links = kept[2] if kept else links
+        grad, prompt_grads, own_grads = work.grad.to(x), [], []
+        for index in reversed(work.blocks):
+            leaf, own, output = links.pop()
+            if output is None:
+                leaf, own, output = self._link(work, index, leaf, run, True)
+            grad, *its = torch.autograd.grad(output, [leaf, *own], grad)
+            prompt_grads.insert(0, grad[:, :length])
+            own_grads.insert(0, its)
+            yield
+        tuned = [prompt_grads] * bool(length) + list(zip(*own_grads, strict=True))
+        yield [each.to("cpu") for each in (grad, *map(torch.stack, map(list, tuned)))]
+
+    def _graph_bytes(self, x: Tensor) -> int:
+        """About what the graph of one block takes for x [B, T, H]: every matrix's inputs and outputs."""
+        weights = self.blocks[min(self.blocks)].weights
+        shapes = (weights[name].shape for name in MATRICES if name in weights)
+        return x.shape[0] * x.shape[1] * x.itemsize * sum(N + K for *_, N, K in shapes)
+
+    def _keep(self, name: str, links: list) -> None:
+        """Keep a forward pass for its backward pass. The oldest ones go if there is no room."""
+        x = links[0][0]
+        size = len(links) * x.nbytes + sum(link[2] is not None for link in links) * self._graph_bytes(x)
+        self.forget_old()
+        while self.kept and size + sum(size for _, size, _ in self.kept.values()) > self.graph_bytes:
+            del self.kept[next(iter(self.kept))]
+        if size <= self.graph_bytes:
+            self.kept[name] = time.monotonic(), size, links
+
+    def forget_old(self) -> None:
+        for name, (since, *_) in list(self.kept.items()):
+            if time.monotonic() - since > KEPT_SECONDS:
+                del self.kept[name]
+
+
+# ============================================================================================================
+# 16  Sessions, the server's side: whose turn it is
 # ============================================================================================================
 
 MAX_PUSHES, MAX_PUSH_BYTES = 64, 2**28  # held until their turn: per session, in all sessions together
@@ -3444,6 +3459,11 @@ class ServerSession:
         if step_id is not None:
             self.seen.append(step_id)
         return new
+
+
+# ============================================================================================================
+# 17  Request handler: what a server answers
+# ============================================================================================================
 
 
 class TransformerConnectionHandler(ServicerBase):
@@ -3672,7 +3692,7 @@ class TransformerConnectionHandler(ServicerBase):
 
 
 # ============================================================================================================
-# 16  Server: a process's offer to the swarm
+# 18  Server: a process's offer to the swarm
 # ============================================================================================================
 
 NO_NF4 = "; for nf4 take int4: it is more exact (error .084 of Gaussian weights, nf4's .092), without a table"
@@ -3817,7 +3837,7 @@ class Server:
         info, hidden = self.info, self.config.hidden_size
         for rate, tokens in (("inference_rps", 1), ("forward_rps", 128)):
             x = torch.randn(1, tokens, hidden).to(self.device, self.dtype)
-            run, count = self.executor.without_cache(1, tokens), 0
+            run, count = self.executor.without_cache.runner(1, tokens), 0
             with torch.inference_mode():
                 run(self.span.start, x)
                 began = time.perf_counter()
@@ -3875,7 +3895,7 @@ class Server:
 
 
 # ============================================================================================================
-# 17  Command line
+# 19  Command line
 # ============================================================================================================
 
 
@@ -4206,7 +4226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 # ============================================================================================================
-# 18  Demo: a swarm of processes on this machine
+# 20  Demo: a swarm of processes on this machine
 # ============================================================================================================
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"

@@ -1768,12 +1768,12 @@ def test_a_server_killed_between_forward_and_backward(
 def test_a_forward_pass_is_kept_for_its_backward_pass(crowd, initial_peers, monkeypatch, room):
     """So each block is computed once; where there is no room for a graph, once more, with the same result."""
     model = pm.AutoDistributedModelForCausalLM.from_pretrained(crowd.path, initial_peers=initial_peers, **OWN)
-    own, executors = make_own(model), [server.executor for server in crowd.servers]
+    own, executors = make_own(model), [server.executor.without_cache for server in crowd.servers]
     one = executors[0]._graph_bytes(torch.empty(1, 9, 48))  # the graph of one block for one row
     most = {"all": 2**30, "some graphs": 2 * one, "inputs": 5000, "nothing": 0}[room]
     for executor in executors:
         monkeypatch.setattr(executor, "graph_bytes", most)
-    computed, seen = spy(monkeypatch, pm.Executor, "_link"), {}
+    computed, seen = spy(monkeypatch, pm.WithoutCache, "_link"), {}
 
     def between() -> None:
         seen.update(forward=len(computed), kept=[len(executor.kept) for executor in executors])
@@ -1799,13 +1799,14 @@ def test_a_forward_pass_is_kept_for_its_backward_pass(crowd, initial_peers, monk
 
 
 def test_what_is_kept_is_forgotten_in_time_and_the_clients_own(crowd, monkeypatch):
-    executor, uid = crowd.servers[0].executor, " ".join(pm.block_uids(crowd.servers[0].prefix, 0, 2))
+    executor = crowd.servers[0].executor.without_cache
+    uid = " ".join(pm.block_uids(crowd.servers[0].prefix, 0, 2))
     alice, mallory = (
         Stranger(server_addresses(crowd.servers[0]), str(crowd.servers[0].swarm.peer_id)) for _ in range(2)
     )
     hidden, grad = torch.randn(2, 1, 4, 48)
     alice.call("rpc_forward", pm.pack_request(uid, [hidden], {"keep": "x"}))
-    computed = spy(monkeypatch, pm.Executor, "_link")
+    computed = spy(monkeypatch, pm.WithoutCache, "_link")
     backward = pm.pack_request(uid, [hidden, grad], {"keep": "x"})
     theirs = tensors_of(mallory.call("rpc_backward", backward))[0]
     assert len(computed) == 2 and len(executor.kept) == 1  # mallory's own pass was computed
