@@ -361,21 +361,10 @@ def clients(repeats: int = 3, tokens: int = 32, steps: int = 20) -> list[Row]:
     print(", ".join(f"{name} {value:.2f} tokens/s" for name, value in speed.items()))
     what = "tokens/s together over transformers alone, one thread"
     rows = [
-        Row(
-            f"mid, float32, four clients at once: {what}",
-            quotients(took["alone"], took["float32"]),
-            2.0,
-            1.3,
-            more=True,
-        ),
-        Row(
-            f"mid, float16, four clients at once: {what}",
-            quotients(took["alone"], took["float16"]),
-            3.5,
-            1.3,
-            more=True,
-        ),
-    ]
+        Row(f"mid, {kind}, four clients at once: {what}", quotients(took["alone"], took[kind]), wanted, 1.3,
+            more=True)
+        for kind, wanted in (("float32", 2.0), ("float16", 3.5))
+    ]  # fmt: skip
     row, light = light_clients(repeats, steps)
     return conclude("clients", *rows, row, tokens_per_s=speed, **light)
 

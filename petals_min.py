@@ -151,7 +151,8 @@ PUBLIC_INITIAL_PEERS = (
     "/ip4/159.89.214.152/tcp/31337/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY",
     "/ip4/159.203.156.48/tcp/31338/p2p/QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5",
 )
-# What this version adds to the wire (PROTOCOL.md, "What petals_min adds").
+# What this version adds to the wire (PROTOCOL.md, "What petals_min adds"). keep: so a forward request names
+# its pass; the backward request with this name need not compute it again.
 FEATURES = ("left_pad", "push_from", "step_tensors", "lora", "keep")
 
 
@@ -1128,7 +1129,7 @@ class Router:
             if this.updated > -math.inf:
                 await _gather_quietly(this.refresh(max_age=0.9 * period))
             del this
-            await asyncio.sleep(period)
+            await asyncio.sleep(max(period, 0.1))
 
     async def refresh(self, max_age: float = 0.0, wait: bool = True) -> None:
         """Have the directory read if the last reading is older than `max_age` seconds; callers share one
@@ -1198,8 +1199,9 @@ class Router:
     async def _returned(self) -> bool:
         """Whether some server answers again that was banned for its silence."""
         silent = [peer for peer, (*_, silent) in self.bans.items() if silent]
-        errors = await _gather_quietly(*(self.probe(peer, 1.0) for peer in silent))
-        back = [peer for peer, error in zip(silent, errors, strict=True) if error is None]
+        answers = await _gather_quietly(*(self.probe(peer, 1.0) for peer in silent))
+        pairs = zip(silent, answers, strict=True)
+        back = [peer for peer, answer in pairs if not isinstance(answer, BaseException)]
         for peer in back:
             self.succeeded(peer)
         return bool(back)
@@ -1697,7 +1699,8 @@ class Route:
                     if missed == 2 or not str(error).startswith("no answer"):
                         raise PeerError(f"it fell silent ({error})", peer) from error
                 if time.monotonic() > min(deadline, moved + STUCK_SECONDS):
-                    raise PeerError("it lives, but did not answer a step in time", peer)
+                    # its answers to probes must not lift this ban
+                    raise PeerError("it lives, but did not answer a step in time", peer, silent=False)
             value, before = _checked(answer.result(), step.hidden, peer), hop.span.name
         return value
 
@@ -3099,8 +3102,8 @@ class Executor(threading.Thread):
         self._last_pass = began, now
         for work in steps:
             work.tables.answered = now
-            if 0 <= work.tables.away < EXPECTED_SHARE * (now - began):
-                self._expected.add(work.tables)
+        soon, tables = EXPECTED_SHARE * (now - began), [work.tables for work in steps]
+        self._expected = {each for each in tables if 0 <= each.away < soon}
 
     def _finished(self, work: Work) -> None:
         self.steps += 1
@@ -3344,6 +3347,8 @@ class WithoutCache:
         """Keep a forward pass for its backward pass. The oldest ones go if there is no room."""
         x = links[0][0]
         size = len(links) * x.nbytes + sum(link[2] is not None for link in links) * self._graph_bytes(x)
+        # the client's own LoRA, and B times its scale
+        size += 2 * sum(matrix.nbytes for _, own, _ in links for matrix in own)
         self.forget_old()
         while self.kept and size + sum(size for _, size, _ in self.kept.values()) > self.graph_bytes:
             del self.kept[next(iter(self.kept))]
