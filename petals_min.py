@@ -177,9 +177,9 @@ class MissingBlocksError(PetalsError):
 class PeerError(PetalsError):
     """A server failed, lied or fell silent: its fault, not the user's. Another one is tried."""
 
-    def __init__(self, message: str, peer: PeerID | None = None, silent: bool = True):
+    def __init__(self, message: str, peer: PeerID | None = None, silent: bool | None = False):
         super().__init__(message)
-        self.peer, self.silent = peer, silent  # silent: it did not answer, rather than refuse
+        self.peer, self.silent = peer, silent  # silent: whether it did not answer at all; None: not yet known
 
 
 class PaddingError(PetalsError):
@@ -493,6 +493,7 @@ class Checkpoint:
         """`hub`: token, revision, cache_dir, as huggingface_hub takes them. single: the file's name where all
         is in one."""
         self.name, self.hub = str(name), {key: value for key, value in hub.items() if value is not None}
+        self._opened: dict[str, Any] = {}
         index = self._fetch(f"{single}.index.json", needed=False)
         if index is not None:
             with _failing_as(UserError, f"the index of {self.name!r} is damaged", (ValueError, LookupError)):
@@ -510,11 +511,13 @@ class Checkpoint:
         with _failing_as(UserError, f"cannot read {file} of {self.name!r}", OSError):
             return transformers.utils.cached_file(self.name, file, **options)
 
-    @functools.cache  # noqa: B019 - a checkpoint lives as long as its open files are wanted
     def _open(self, file: str):
+        """A file, mapped for as long as this object lives."""
         advice = "; fetch it again"
-        with _failing_as(UserError, f"{file} of {self.name!r} is damaged", SafetensorError, advice):
-            return safe_open(self._fetch(file), framework="pt")
+        if file not in self._opened:
+            with _failing_as(UserError, f"{file} of {self.name!r} is damaged", SafetensorError, advice):
+                self._opened[file] = safe_open(self._fetch(file), framework="pt")
+        return self._opened[file]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._open(self.files[name]).get_slice(name).get_shape())
@@ -727,7 +730,7 @@ async def _within(timeout: float | None, peer: PeerID, answer: Any) -> Any:
         late, refused = isinstance(error, asyncio.TimeoutError), isinstance(error, P2PHandlerError)
         broke = "" if refused else "the connection broke: "
         reason = f"no answer in {timeout:g} s" if late else broke + _first_line(error)
-        raise PeerError(reason, peer, silent=not refused) from error
+        raise PeerError(reason, peer, silent=False if refused else late or None) from error
 
 
 async def call(p2p: P2P, peer: PeerID, rpc: str, request, answer: type, timeout: float) -> Any:
@@ -754,7 +757,7 @@ class Stream:
         """The next message; PeerError if the peer reports an error or the stream ends."""
         message, error = await _within(None, self.peer, P2P.receive_protobuf(kind, self.reader))
         if error is not None:
-            raise PeerError(error.message, self.peer, silent=False)
+            raise PeerError(error.message, self.peer)
         return message
 
     async def converse(self, request: ExpertRequest) -> ExpertResponse:
@@ -1101,6 +1104,7 @@ SLOW_PING = 0.008  # seconds of round trip from which on a link is slow: compres
 MAX_PING = 2.0  # seconds: the round trip of a server that did not answer a ping
 PING_SECONDS = 0.5  # for which the first reading waits for round trips
 CACHE_PENALTY = 10.0  # seconds added for a server whose cache does not hold the session (Petals' alloc_delay)
+MAX_FLYING_BYTES = 2**28  # of a client's forward and backward requests at once
 NO_ROOM = ("no room for", "Could not allocate")  # how a server says so, ours and Petals'
 _FAR = (math.inf, ())  # a way that does not exist: seconds, route
 
@@ -1119,9 +1123,10 @@ class Router:
         self.updated = -math.inf  # time.monotonic() of the last reading
         self.pings: dict[PeerID, float] = {}  # smoothed round trips, seconds
         # who failed and has not succeeded since, the latest at the end: banned until (monotonic), failures in
-        # a row, why, and whether it was silent: an answer lifts such a ban
-        self.bans: dict[PeerID, tuple[float, int, str, bool]] = {}
+        # a row, why, and whether it is silent (None: not known): an answer lifts such a ban
+        self.bans: dict[PeerID, tuple[float, int, str, bool | None]] = {}
         self._reading: asyncio.Task | None = None
+        self._flying, self._landing = 0, asyncio.Condition()  # bytes of forward and backward requests
         timer = asyncio.run_coroutine_threadsafe(Router._keep_reading(weakref.ref(self)), wire().loop)
         weakref.finalize(self, timer.cancel)
 
@@ -1149,6 +1154,9 @@ class Router:
         self.offers = spans_of(await read_directory(self.swarm, self.prefix, num_blocks(self.config)))
         self.spans = list(filter(self._allowed, self.offers))
         peers = list({span.peer for span in self.spans})
+        gone = [peer for peer in self.bans.keys() - set(peers) if self.bans[peer][0] < time.monotonic()]
+        for peer in gone:
+            del self.bans[peer]
         some = random.sample(peers, min(MAX_PINGED, len(peers)))
         measuring = _spawn(_gather_quietly(*map(self._measure, some)))
         if self.updated == -math.inf:  # no round trip is known yet: give those that are near a moment
@@ -1171,7 +1179,7 @@ class Router:
         blocked = {peer, span.info.public_name} & set(map(str, config.blocked_servers or ()))
         return bool(allowed and not blocked and config.active_adapter in (None, *span.info.adapters))
 
-    def failed(self, peer: PeerID, reason: str, silent: bool = True) -> None:
+    def failed(self, peer: PeerID, reason: str, silent: bool | None = True) -> None:
         """Leave this peer alone for a while, twice as long at each failure in a row. A full cache is none: it
         is only tried elsewhere first."""
         failures = self.bans.pop(peer, (0.0, 0))[1]
@@ -1192,6 +1200,22 @@ class Router:
         slow = kind and size > OFFLOAD_BYTES and self.pings.get(peer, 0.0) > SLOW_PING
         return runtime_pb2.MEANSTD_16BIT if slow else runtime_pb2.NONE
 
+    @contextlib.asynccontextmanager
+    async def flight(self, size: int) -> AsyncIterator[None]:
+        """While a forward or backward request is under way: a server takes only so many bytes at a time."""
+        async with self._landing:
+            await self._landing.wait_for(lambda: not self._flying or self._flying + size <= MAX_FLYING_BYTES)
+            self._flying += size
+        try:
+            yield
+        finally:
+            self._flying -= size
+            _spawn(self._landed())
+
+    async def _landed(self) -> None:
+        async with self._landing:
+            self._landing.notify_all()
+
     async def probe(self, peer: PeerID, timeout: float) -> int | None:
         """Ask a server's own handler for a sign of life; PeerError if there is none in `timeout` seconds. If
         it has work (and is ours): how many blocks it has computed so far."""
@@ -1201,13 +1225,19 @@ class Router:
         return info.get("executor_progress") if isinstance(info, dict) and info.get("executor_busy") else None
 
     async def _returned(self) -> bool:
-        """Whether some server answers again that was banned for its silence."""
-        silent = [peer for peer, (*_, silent) in self.bans.items() if silent]
-        answers = await _gather_quietly(*(self.probe(peer, 1.0) for peer in silent))
-        pairs = zip(silent, answers, strict=True)
-        back = [peer for peer, answer in pairs if not isinstance(answer, BaseException)]
-        for peer in back:
-            self.succeeded(peer)
+        """Whether some server answers again that was silent. One that broke a connection but answers all the
+        time has not come back: its ban stands."""
+        here = {span.peer for span in self.spans}
+        asked = [peer for peer, (*_, silent) in self.bans.items() if silent is not False and peer in here]
+        answers = await _gather_quietly(*(self.probe(peer, 1.0) for peer in asked))
+        back = []
+        for peer, answer in zip(asked, answers, strict=True):
+            *ban, silent = self.bans.get(peer, (0.0, 0, "", False))
+            if silent and not isinstance(answer, BaseException):
+                self.succeeded(peer)
+                back.append(peer)
+            elif silent is None:
+                self.bans[peer] = (*ban, isinstance(answer, BaseException))
         return bool(back)
 
     def _usable(self, start: int, end: int, needs: Callable | None = None) -> list[list[Span]]:
@@ -1225,6 +1255,12 @@ class Router:
         now = time.monotonic()
         limits = [max(now, min(bans[span] for span in spans) + 0.1) for spans in table]
         return [[s for s in spans if bans[s] <= limit] for spans, limit in zip(table, limits, strict=True)]
+
+    def sound(self, start: int, end: int, needs: Callable) -> bool:
+        """Whether each block has a server that meets the needs and is not banned."""
+        now = time.monotonic()
+        good = [span for span in filter(needs, self.spans) if self.bans.get(span.peer, (0.0,))[0] <= now]
+        return all(any(span.start <= index < span.end for span in good) for index in range(start, end))
 
     def _asked(self) -> str:
         """What we ask for that servers may lack, and what they have of it."""
@@ -1469,6 +1505,52 @@ class History:
         return torch.cat(pieces[::-1], dim=1) if self.length == length else None
 
 
+class Watch:
+    """Looks after a server that owes an answer. Wire thread.
+
+    The rule: a broken stream fails at once, elsewhere. After PROBE_SECONDS of silence the server is asked for
+    `rpc_info` by its own handler: an error, or two answers missed in a row, fails it; so does an executor
+    that has work but finishes no block in STUCK_SECONDS. A slow but honest server passes, because its handler
+    answers from the wire thread while its executor computes, block after block.
+    """
+
+    def __init__(self, router: Router, peer: PeerID, sending: float = 0.0):
+        self.router, self.peer = router, peer
+        self.sending = sending  # seconds that a probe may wait behind what we send
+        self.missed = 0
+        self.progress, self.moved = None, time.monotonic()  # the last probe's; when it was another
+
+    async def look_after(self, answer: asyncio.Future) -> None:
+        """Wait a moment for the answer; if there is none, probe. PeerError as the rule has it."""
+        trip = self.router.pings.get(self.peer, 0.0)
+        if (await asyncio.wait([answer], timeout=max(PROBE_SECONDS, trip)))[0]:
+            return
+        before, patience = self.progress, min(max(1.0, 4 * trip), MAX_PING) + self.sending
+        try:
+            self.progress, self.missed = await self.router.probe(self.peer, patience), 0
+        except PeerError as error:
+            self.missed += 1
+            if self.missed == 2 or not str(error).startswith("no answer"):
+                raise PeerError(f"it fell silent ({error})", self.peer, silent=True) from error
+        else:
+            self.sending /= 4  # this one came through: there cannot be so much before it
+            if self.progress is None or self.progress != before:
+                self.moved = time.monotonic()
+        if time.monotonic() > self.moved + STUCK_SECONDS and not answer.done():
+            raise PeerError("it lives, but computes nothing", self.peer)
+
+
+async def _watched(watch: Watch, answer: Any) -> Any:
+    """Await a request's answer; PeerError as soon as its server is known to have failed."""
+    task = _spawn(answer)
+    try:
+        while not task.done():
+            await watch.look_after(task)
+        return task.result()
+    finally:
+        task.cancel()
+
+
 class Hop:
     """One server's part of a route: a stream of steps there and answers back, in the same order. Wire
     thread."""
@@ -1583,7 +1665,9 @@ class Route:
         self.rows, self.max_length, self.left_pad, self.skip = list(rows), max_length, list(left_pad), skip
         self.hops = [Hop(router, blocks.start, blocks.stop)]
         self.position = 0  # at which all servers stand after the last step
-        self.prompts: dict[int, Tensor] = {}  # start -> deep prompts of the steps that had some
+        # of the steps that had deep prompts: start -> end, prompts. They go to a row's first real tokens of
+        # the step, so no other tokens may be replayed together with these.
+        self.prompts: dict[int, tuple[int, Tensor]] = {}
         self.closed = False
 
     def fits(self, span: Span, padded: bool = True) -> bool:
@@ -1599,10 +1683,10 @@ class Route:
         for pad, rows in _rows_by_padding(self.left_pad):
             its = [self.rows[row] for row in rows]
             route = Route(self.router, self.blocks, its, self.max_length - pad, skip=pad, own=self.own)
-            for at, prompts in self.prompts.items():
-                if position > max(at, pad):
-                    left = prompts[:, :, : position - max(at, pad)]
-                    route.prompts[max(0, at - pad)] = _prompts_of(left, rows=rows)
+            for at, (end, prompts) in self.prompts.items():
+                begin, end = max(0, at - pad), min(end, position) - pad
+                if end > begin:
+                    route.prompts[begin] = end, _prompts_of(prompts, rows=rows)[:, :, : end - begin]
             route.position, route.closed = max(0, position - pad), self.closed
             if route.position:
                 route.hops[0].history.chunks = [Chunk(0, route.position, inputs[rows, pad:])]
@@ -1623,24 +1707,36 @@ class Route:
             if not set(ids[self.rows].tolist()) <= set(self.rows):
                 raise UserError("original Petals servers cannot mix rows of different padding (hypo_ids)")
             ids = torch.tensor([self.rows.index(row) for row in ids[self.rows].tolist()])
-        hidden = step.hidden[self.rows, max(0, self.skip - step.start) :]
-        return Step(start, hidden, _prompts_of(step.prompts, rows=self.rows), ids)
+        hidden, prompts = step.hidden[self.rows, max(0, self.skip - step.start) :], None
+        if step.prompts is not None and hidden.shape[1]:
+            prompts = _prompts_of(step.prompts, rows=self.rows)[:, :, : hidden.shape[1]]
+        return Step(start, hidden, prompts, ids)
 
     async def run(self, step: Step) -> Tensor:
         """Run a step on all servers, however often it takes; returns [B, T, H]."""
-        past = [(at, given) for at, given in self.prompts.items() if at < step.start]
-        self.prompts = {at: given[:, :, : step.start - at] for at, given in past}  # for it may be a rewind
+        past = {at: (min(end, step.start), given) for at, (end, given) in self.prompts.items()}
+        self.prompts = {at: (end, given) for at, (end, given) in past.items() if at < end}  # after a rewind
         pieces = step.pieces()
-        before = (self.hops[0].history.copy(), self.left_pad, self.prompts) if len(pieces) > 1 else None
+        before = self.state() if len(pieces) > 1 else None
         try:
             return torch.cat([await self._run_piece(piece) for piece in pieces], dim=1)
         except BaseException:  # cancelled or out of retries: what the servers did of this step is unknown, so
             for hop in self.hops:  # the next one begins with others, to which the history is replayed
                 hop.close()
             if before is not None:  # some pieces are done, and rows reordered
-                self.hops = [Hop(self.router, self.blocks.start, self.blocks.stop)]
-                self.hops[0].history, self.left_pad, self.prompts = before
+                self.restore(before)
             raise
+
+    def state(self) -> tuple[History, list[int], dict]:
+        """What `restore` needs to undo the steps that follow."""
+        return self.hops[0].history.copy(), self.left_pad, self.prompts
+
+    def restore(self, state: tuple[History, list[int], dict]) -> None:
+        """The next step begins with other servers, to which the history is replayed."""
+        for hop in self.hops:
+            hop.close()
+        self.hops = [Hop(self.router, self.blocks.start, self.blocks.stop)]
+        self.hops[0].history, self.left_pad, self.prompts = state
 
     async def _run_piece(self, step: Step) -> Tensor:
         for attempt in itertools.count(1):
@@ -1655,11 +1751,6 @@ class Route:
                 for hop in self.hops:
                     if hop.alive and hop.span.peer == getattr(error, "peer", None):
                         hop.close()
-                if isinstance(error, MissingBlocksError) and any(self.left_pad):
-                    with contextlib.suppress(MissingBlocksError):
-                        bare = functools.partial(self.fits, padded=False)
-                        self.router.fastest(self.blocks.start, self.blocks.stop, needs=bare)
-                        raise PaddingError from error
                 what = f"blocks {self.blocks.start}:{self.blocks.stop}"
                 await self.router.before_retry(attempt, error, what)
         raise AssertionError("unreachable")
@@ -1691,43 +1782,25 @@ class Route:
     async def _carry(self, step: Step, hops: Sequence[Hop], chained: bool = False, **terms: Any) -> Tensor:
         """Take the step from server to server; returns the last one's answer. In a chain only the first is
         given it, and those to which the push is late. PeerError as soon as the server whose turn it is is
-        known to have failed.
-
-        The rule: a broken stream fails at once. After PROBE_SECONDS of silence the server is asked for
-        `rpc_info` by its own handler: an error, or two answers missed in a row, fails it; so does an executor
-        that has work but finishes no block in STUCK_SECONDS. A slow but honest server passes, because its
-        handler answers from the wire thread while its executor computes, block after block.
-        """
+        known to have failed (`Watch`)."""
         size = sum(tensor.nbytes for tensor in (step.hidden, *terms.get("own", ())))
-        value, before, sending = step.hidden, "", size / SLOWEST_LINK
+        value, before, upload = step.hidden, "", size / SLOWEST_LINK
         answers = [hop.expect(step) for hop in hops]
         for index, (hop, answer) in enumerate(zip(hops, answers, strict=True)):
-            peer, missed, now = hop.span.peer, 0, time.monotonic()
-            progress, moved = None, now  # what the last probe said; when it last said something else
+            watch, now = Watch(self.router, hop.span.peer), time.monotonic()
             deadline = now + self.config.request_timeout + terms.get("alloc_timeout", 0.0)
-            late = now + PUSH_SECONDS + sending / 10 if chained and index else now
+            late = now + PUSH_SECONDS + upload / 10 if chained and index else now
             while not answer.done():
                 if time.monotonic() >= late:
                     hop.upstream = before or hop.upstream
                     blocks = slice(hop.start - self.blocks.start, hop.end - self.blocks.start)
                     onward = hops[index + 1 :] if chained else ()
                     hop.send(step, value, _prompts_of(step.prompts, blocks), onward, **terms)
-                    late = math.inf
-                trip = self.router.pings.get(peer, 0.0)
-                if (await asyncio.wait([answer], timeout=max(PROBE_SECONDS, trip)))[0]:
-                    break
-                patience = min(max(1.0, 4 * trip), MAX_PING) + sending
-                try:
-                    before_it, progress, missed = progress, await self.router.probe(peer, patience), 0
-                    moved = moved if progress is not None and progress == before_it else time.monotonic()
-                except PeerError as error:
-                    missed += 1
-                    if missed == 2 or not str(error).startswith("no answer"):
-                        raise PeerError(f"it fell silent ({error})", peer) from error
-                if time.monotonic() > min(deadline, moved + STUCK_SECONDS):
-                    # its answers to probes must not lift this ban
-                    raise PeerError("it lives, but did not answer a step in time", peer, silent=False)
-            value, before = _checked(answer.result(), step.hidden, peer), hop.span.name
+                    late, watch.sending = math.inf, upload
+                await watch.look_after(answer)
+                if not answer.done() and time.monotonic() > deadline:
+                    raise PeerError("it lives, but did not answer a step in time", watch.peer)
+            value, before = _checked(answer.result(), step.hidden, watch.peer), hop.span.name
         return value
 
     def _commit(self, step: Step, hops: Sequence[Hop]) -> None:
@@ -1741,10 +1814,11 @@ class Route:
             if hop.alive:
                 self.router.succeeded(hop.span.peer)
         if step.hypo_ids is not None:
-            self.prompts = {at: _prompts_of(given, rows=step.hypo_ids) for at, given in self.prompts.items()}
+            ids, past = step.hypo_ids, self.prompts.items()
+            self.prompts = {at: (end, _prompts_of(given, rows=ids)) for at, (end, given) in past}
             self.left_pad = [self.left_pad[row] for row in step.hypo_ids] if self.left_pad else []
         if step.prompts is not None:
-            self.prompts[step.start] = step.prompts
+            self.prompts[step.start] = step.end, step.prompts
         later = [hop.history for hop in self.hops[1:]]
         if sum(h.length for h in later) * step.hidden[:, :1].nbytes > self.config.max_history_bytes:
             for history in later:
@@ -1771,6 +1845,9 @@ class Route:
     async def _open(self, start: int, end: int, inputs: Tensor) -> list[Hop]:
         """New servers for some blocks, their caches rebuilt from the inputs [B, T, H] of the first of
         them."""
+        bare, sound = functools.partial(self.fits, padded=False), self.router.sound
+        if any(self.left_pad) and sound(start, end, bare) and not sound(start, end, self.fits):
+            raise PaddingError
         spans = self.router.fastest(start, end, len(self.rows) * self.max_length, self.fits)
         if self.config.show_route:
             logger.info("route found: %s", " => ".join(map(str, spans)))
@@ -1778,8 +1855,11 @@ class Route:
         hops = [Hop(self.router, s.start, s.end, s, name) for s, name in zip(spans, names, strict=False)]
         try:
             await _together(map(self._begin, hops))
-            for at, stop in itertools.pairwise(sorted({0, *self.prompts, inputs.shape[1]})):
-                for step in Step(at, inputs[:, at:stop], self.prompts.get(at)).pieces():
+            cuts = {0, inputs.shape[1], *self.prompts, *(end for end, _ in self.prompts.values())}
+            for at, stop in itertools.pairwise(sorted(cuts)):
+                _, prompts = self.prompts.get(at, (0, None))
+                prompts = None if prompts is None else prompts[:, :, : stop - at]
+                for step in Step(at, inputs[:, at:stop], prompts).pieces():
                     await self._carry(step, hops)
                     self._commit(step, hops)
         except BaseException:
@@ -1793,8 +1873,7 @@ class Route:
         granted. The user's own LoRA goes with it, in several such steps where it is large."""
         config, count = self.config, hop.end - hop.start
         terms = {"max_length": self.max_length, "points": 0.0, "active_adapter": config.active_adapter}
-        if hop.ours:
-            terms["alloc_timeout"] = config.alloc_timeout
+        terms["alloc_timeout"] = config.alloc_timeout
         if any(self.left_pad):
             terms["left_pad"] = self.left_pad
         await hop.connect(self.router)
@@ -1820,12 +1899,13 @@ def _require(holds: Any, otherwise: str) -> None:
 def _check(config: PretrainedConfig, blocks: range, hidden: Tensor, prompts: Tensor | None, left_pad) -> None:
     """What the blocks are given, before anything is sent. UserError."""
     size, shape = config.hidden_size, list(hidden.shape)
-    fits = len(shape) == 3 and shape[0] and shape[2] == size and hidden.is_floating_point()
-    _require(fits, f"expected hidden states [B, T, {size}], {shape} {hidden.dtype} came")
+    fits = len(shape) == 3 and shape[0] and shape[2] == size
+    fits = fits and hidden.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    _require(fits, f"expected hidden states [B, T, {size}] of 16 or 32 bits, {shape} {hidden.dtype} came")
     B, T, _ = shape
     if prompts is not None:
         came, most = list(prompts.shape), [len(blocks), B, T, size]
-        fits = len(came) == 4 and came[0] == most[0] and came[1] in (1, B) and came[2] <= T
+        fits = len(came) == 4 and came[0] == most[0] and came[1] in (1, B) and 0 < came[2] <= T
         _require(fits and came[3] == size, f"deep prompts {came}: expected [blocks, B or 1, P, H] of {most}")
     fits = len(left_pad) in (0, B) and all(pad >= 0 for pad in left_pad)
     _require(fits, f"left_pad {list(left_pad)}: expected a count for each of {B} rows")
@@ -2011,7 +2091,9 @@ class InferenceSession(transformers.Cache):
     async def _run(self, step: Step) -> Tensor:
         async with self._lock:
             terms = (len(step.hidden), tuple(self.left_pad))
-            if terms != self._terms:  # the caches are empty then: `step` and `set_left_pad` saw to it
+            # a padded session that starts over may have had its rows reordered
+            over = any(self.left_pad) and not step.start and any(route.position for route in self._routes)
+            if over or terms != self._terms:  # the caches are empty: `step` and `set_left_pad` saw to it
                 _close_all(self._routes)
                 rows, self._terms = range(len(step.hidden)), terms
                 route = Route(self.router, self.blocks, rows, self.max_length, self.left_pad, own=self.own)
@@ -2027,8 +2109,14 @@ class InferenceSession(transformers.Cache):
         return _put_together(step.hidden, places, outputs)
 
     async def _run_routes(self, step: Step) -> list[Tensor]:
-        shares = [route.share(step) for route in self._routes]
-        return await _together(map(Route.run, self._routes, shares))
+        shares, several = [route.share(step) for route in self._routes], len(self._routes) > 1
+        states = [route.state() for route in self._routes] if several and step.hypo_ids is not None else []
+        try:
+            return await _together(map(Route.run, self._routes, shares))
+        except BaseException:  # some routes may have done it, and must not reorder their rows twice
+            for route, state in zip(self._routes, states, strict=False):
+                route.restore(state)
+            raise
 
 
 # ============================================================================================================
@@ -2116,7 +2204,8 @@ class RemoteSequential(nn.Module):
             return session.step(hidden, prompts)
         _check(self.config, self.blocks, hidden, prompts, left_pad)
         T, pad = hidden.shape[1], max(left_pad, default=0)
-        _require(pad < T, f"rows of {T} tokens, {pad} of them padding: nothing is left to compute")
+        P = 1 if prompts is None else prompts.shape[2]
+        _require(pad + P <= T, f"rows of {T} tokens, {pad} of them padding: expected {P} to compute at least")
         pads, keep = left_pad or [0] * len(hidden), torch.is_grad_enabled()
         return _RemoteForward.apply(self, hidden, prompts, pads, keep, *self.own_lora())
 
@@ -2256,7 +2345,10 @@ async def _request(
         metadata["output_compression"] = [kind] * len(due)
     request = await _off_loop(total, pack_request, uid, tensors, metadata, kind)
     size, patience = 4 * sum(tensor.numel() for tensor in due), router.config.request_timeout
-    response = await call_large(router.swarm.p2p, span.peer, rpc, request, size, patience)
+    async with router.flight(total):
+        watch = Watch(router, span.peer, total / SLOWEST_LINK)
+        asked = call_large(router.swarm.p2p, span.peer, rpc, request, size, patience)
+        response = await _watched(watch, asked)
     try:
         answer = await _off_loop(_size(response), lambda: [unpack(tensor) for tensor in response.tensors])
     except Exception as error:
@@ -2306,20 +2398,23 @@ class _Distributed:
         hub = {key: kwargs.pop(key, None) for key in ("token", "revision", "cache_dir")}
         with torch.device("meta"):
             wanted = cls(config).state_dict()
-        tensors = {}
-        for source in filter(None, (config.base_model_name_or_path, name)):
-            tensors |= Checkpoint(source, **hub).select(wanted, f"{cls.base_model_prefix}.")
+        sources = list(filter(None, (config.base_model_name_or_path, name)))
+        found = [Checkpoint(source, **hub).select(wanted, f"{cls.base_model_prefix}.") for source in sources]
+        tensors = {key: tensor for each in found for key, tensor in each.items()}
+        trained = found[1] if len(found) == 2 else {}  # before it was saved
         _require(tensors, f"{name!r} holds none of {cls.__name__}'s own tensors ({next(iter(wanted))}, …)")
         new = {key: _new_lora(key, tensor.shape) for key, tensor in wanted.items() if "lora_" in key}
         how = {"config": config, "state_dict": new | tensors, "dtype": dtype}
-        model = super().from_pretrained(None, *args, **how, **kwargs)
+        loaded = super().from_pretrained(None, *args, **how, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
         model.config.name_or_path = name
         if model.can_generate():
             with contextlib.suppress(OSError):  # many models have no generation_config.json
                 model.generation_config = transformers.GenerationConfig.from_pretrained(name, **hub)
         for name, parameter in model.named_parameters():  # only these are trained, as in Petals
-            parameter.requires_grad_(bool(re.search(r"prompt_embeddings|lora_|^score\.", name)))
-        return model._apply(lambda tensor: tensor)
+            ours = re.search(r"prompt_embeddings|lora_|^score\.", name) or name in trained
+            parameter.requires_grad_(bool(ours))
+        return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save what is trained, that is the parameters that want a gradient, as safetensors beside a config
@@ -2435,17 +2530,6 @@ def _left_pad(mask: Tensor | None, position_ids: Tensor | None, hidden: Tensor, 
 
 class _CausalLM(_Distributed):
     """Text generation: transformers' own `generate`, with a session for its cache."""
-
-    def _apply(self, fn: Callable, recurse: bool = True):
-        """Whatever changes the weights' device or dtype comes here. A float32 head on a CPU stands column
-        after column: a row times [32000, 1024] takes 5 ms so, else 8; in 16 bits it would take up to nine
-        times as long. A head that is also the embedding stays as it is, for that is read by rows."""
-        super()._apply(fn, recurse)
-        head, embedding = self.get_output_embeddings().weight, self.get_input_embeddings().weight
-        columns = head.is_cpu and head.dtype == torch.float32 and head is not embedding
-        if columns == head.is_contiguous():
-            head.data = head.detach().t().contiguous().t() if columns else head.detach().contiguous()
-        return self
 
     def generate(self, inputs: Tensor | None = None, *args: Any, session: Any = None, **kwargs: Any):
         """transformers' `generate` over the swarm. A session given as `session=`, as `past_key_values=`, or
@@ -2677,7 +2761,8 @@ def load_block(
         if place:
             _keep_codes(place, weights)
     if torch.device(device).type == "cpu":
-        weights |= {name: matmul.pack(weights[name]) for name in MATRICES if name in weights}
+        for name in filter(weights.__contains__, MATRICES):  # one at a time: each frees what it was made of
+            weights[name] = matmul.pack(weights[name])
     return Block(spec, weights)
 
 
@@ -2983,7 +3068,7 @@ class RowTables:
 # Tokens of one pass; a larger step goes in such pieces, a block at a time between the passes of the others.
 # On a CPU 128 are as fast, each, as 1,000 (mid: 2.5 and 2.3 ms). A GPU must read the weights for each piece.
 TURN_TOKENS, TURN_TOKENS_CUDA = 128, 512
-EXPECTED_SHARE = 0.25  # of a pass's time: a client that is back so soon is worth waiting for
+EXPECTED_SHARE = 0.75  # of a pass's time: a client that is back so soon is worth waiting for
 KEPT_SECONDS = 120.0  # for which a forward pass is kept for its backward pass
 
 
@@ -3050,8 +3135,8 @@ class Executor(threading.Thread):
         self.places = lora_places(config, next(iter(blocks.values())))  # alike in all blocks of a model
         self.adapters: dict[str, dict[int, BlockLora]] = {}  # name -> block -> what it adds
         self.passes = self.steps = 0  # for status and tests: passes, finished steps
-        self._expected: set[RowTables] = set()  # sessions whose next step should be here soon
-        self._last_pass = 0.0, 0.0  # its begin and end
+        self._served: weakref.WeakSet[RowTables] = weakref.WeakSet()  # sessions that had an answer
+        self._pass_seconds = 0.0  # of the last pass
         self.progress, self.busy = 0, False  # blocks computed so far; whether there is anything to do
         self.without_cache = WithoutCache(self)
         self._inbox: list[Work] = []
@@ -3066,7 +3151,6 @@ class Executor(threading.Thread):
             self._inbox.append(work)
             if work.tables is not None:
                 work.tables.away = time.perf_counter() - work.tables.answered
-                self._expected.discard(work.tables)
             self._news.notify()
         return work.future
 
@@ -3115,24 +3199,27 @@ class Executor(threading.Thread):
                 slow.popleft()
 
     def _wait_for_expected(self) -> None:
-        """Before a pass: wait a little for the clients of the last one that are usually back at once. Without
-        this two groups of clients take turns for ever, in passes half as full. With the lock."""
-        began, ended = self._last_pass
-        while self._inbox and self._expected and not self._stopping:
-            left = ended + EXPECTED_SHARE * (ended - began) - time.perf_counter()
-            if left <= 0:
+        """Before a pass: wait a little for the steps that should be here in a moment, going by how long their
+        clients took last time. Else clients who come one after the other go on so for ever, in passes of a
+        row each, which take hardly less than a pass of several. With the lock."""
+        now = time.perf_counter()
+        most = EXPECTED_SHARE * self._pass_seconds
+        deadline = now + most
+        while self._inbox and now < deadline and not self._stopping:
+            here = {work.tables for work in self._inbox}
+            due = (each.answered + each.away for each in self._served if each not in here)
+            if not any(now - most < moment < deadline for moment in due):
                 break
-            self._news.wait(left)
-        self._expected.clear()
+            self._news.wait(deadline - now)
+            now = time.perf_counter()
 
     def _expect(self, steps: list[Work], began: float) -> None:
-        """After a pass: its clients that stayed away for a small share of its time will be back soon."""
+        """After a pass: its clients will be back some time."""
         now = time.perf_counter()
-        self._last_pass = began, now
+        self._pass_seconds = now - began
         for work in steps:
             work.tables.answered = now
-        soon, tables = EXPECTED_SHARE * (now - began), [work.tables for work in steps]
-        self._expected = {each for each in tables if 0 <= each.away < soon}
+            self._served.add(work.tables)
 
     def _finished(self, work: Work) -> None:
         self.steps += 1
@@ -3367,10 +3454,13 @@ class WithoutCache:
         yield [each.to("cpu") for each in (grad, *map(torch.stack, map(list, tuned)))]
 
     def _graph_bytes(self, x: Tensor) -> int:
-        """About what the graph of one block takes for x [B, T, H]: every matrix's inputs and outputs."""
-        weights = self.blocks[min(self.blocks)].weights
-        shapes = (weights[name].shape for name in MATRICES if name in weights)
-        return x.shape[0] * x.shape[1] * x.itemsize * sum(N + K for *_, N, K in shapes)
+        """About what the graph of one block takes for x [B, T, H]: every matrix's inputs and outputs, and
+        ALiBi's masks."""
+        block, (B, T, _) = self.blocks[min(self.blocks)], x.shape
+        shapes = ((name, block.weights[name].shape) for name in MATRICES if name in block.weights)
+        most = block.spec.top_k or 1
+        numbers = sum((N + K) * (most if "experts" in name else 1) for name, (*_, N, K) in shapes)
+        return B * T * x.itemsize * numbers + bool(block.spec.alibi) * 4 * block.spec.heads * T * T
 
     def _keep(self, name: str, links: list) -> None:
         """Keep a forward pass for its backward pass. The oldest ones go if there is no room."""
@@ -3379,10 +3469,11 @@ class WithoutCache:
         # the client's own LoRA, and B times its scale
         size += 2 * sum(matrix.nbytes for _, own, _ in links for matrix in own)
         self.forget_old()
-        while self.kept and size + sum(size for _, size, _ in self.kept.values()) > self.graph_bytes:
+        if size > self.graph_bytes:
+            return
+        while size + sum(size for _, size, _ in self.kept.values()) > self.graph_bytes:
             del self.kept[next(iter(self.kept))]
-        if size <= self.graph_bytes:
-            self.kept[name] = time.monotonic(), size, links
+        self.kept[name] = time.monotonic(), size, links
 
     def forget_old(self) -> None:
         for name, (since, *_) in list(self.kept.items()):
@@ -3827,18 +3918,21 @@ class Server:
                     servers.pop(self.swarm.peer_id, None)  # of its earlier life
                 self.span = worst_blocks(table, self.num_blocks or self._as_many_as_fit())
             first, last = self.span.start, self.span.stop
-            self.info = info = ServerInfo(JOINING, 0.0, first, last, self.public_name, __version__)
+            # others count it already when they choose their blocks
+            rate = DEFAULT_RPS if self.throughput == "auto" else float(self.throughput)
+            self.info = info = ServerInfo(JOINING, rate, first, last, self.public_name, __version__)
             info.torch_dtype = "float16" if self.kind == "float16" else str(self.dtype).removeprefix("torch.")
             info.quant_type = self.quant_type
             info.using_relay, info.max_length, info.max_lora_rank = False, self.max_length, self.max_lora_rank
             info.features = [name for name in FEATURES if name != "lora" or self.max_lora_rank]
             info.cache_tokens = self.attn_cache_tokens
             wire().call(self._announce())
+            self._announcing = asyncio.run_coroutine_threadsafe(self._keep_announcing(), wire().loop)
             blocks = {}
             for index in progress(self.span):
                 how = self.dtype, self.device, self.kind
                 blocks[index] = load_block(self.checkpoint, self.config, index, *how)
-            Checkpoint._open.cache_clear()  # unmap the files: each weight would be in memory twice
+            self.checkpoint._opened.clear()  # unmap the files: each weight would be in memory twice
             with contextlib.suppress(AttributeError):  # glibc's: give back what loading took
                 ctypes.CDLL(None).malloc_trim(0)
             specs = {index: block.spec for index, block in blocks.items()}
@@ -3854,7 +3948,6 @@ class Server:
             wire().call(self.handler.add_p2p_handlers(self.swarm.p2p))
             info.state = ONLINE
             wire().call(self._announce())
-            self._announcing = asyncio.run_coroutine_threadsafe(self._keep_announcing(), wire().loop)
         except BaseException:
             self.stop()
             raise

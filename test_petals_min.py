@@ -1748,6 +1748,35 @@ def test_a_batch_goes_in_parts_that_keep_every_server_busy(llama, monkeypatch):
         requests.clear()
 
 
+@pytest.mark.parametrize("grads", [False, True])
+def test_the_parts_of_a_batch_are_under_way_at_once(crowd, monkeypatch, grads):
+    """All eight are at the first server before one of them has come back; and while a server computes the
+    later ones, the next has the earlier ones already, forward and backward."""
+    request, events, under_way, all_there = pm._request, [], set(), threading.Event()
+
+    async def watched(router, leg, terms, rpc, *more):
+        events.append(("begins", rpc, leg.span.start))
+        if leg.span.start == 0 and rpc == "rpc_forward":
+            under_way.add(object())
+            all_there.set() if len(under_way) == 8 else None
+            while not all_there.is_set():
+                await asyncio.sleep(0.001)
+        answer = await request(router, leg, terms, rpc, *more)
+        events.append(("ends", rpc, leg.span.start))
+        return answer
+
+    monkeypatch.setattr(pm, "_request", watched)
+    x = torch.randn(8, 128, 48, requires_grad=grads)
+    output = crowd.model.remote(x)
+    if grads:
+        output.sum().backward()
+    ways = [("rpc_forward", 0, 2), ("rpc_backward", 2, 0)][: 1 + grads]
+    for rpc, first, second in ways:
+        places = [i for i, event in enumerate(events) if event == ("begins", rpc, second)]
+        done = [i for i, event in enumerate(events) if event == ("ends", rpc, first)]
+        assert len(places) == len(done) == 8 and places[0] < done[4] and places[4] < done[-1]
+
+
 @pytest.mark.parametrize("deep", ["shared", "per row"])
 def test_a_server_killed_between_forward_and_backward(
     crowd, server_of, initial_peers, folder, deep, monkeypatch
@@ -2874,7 +2903,7 @@ def test_ours_and_an_original_server_push_to_each_other(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["plain", "prompts", "reordered"])
+@pytest.mark.parametrize("case", ["stopped", "banned", "prompts", "reordered"])
 def test_a_padded_session_goes_on_over_original_petals_servers(tiny, old_swarm, wire_peers, case):
     """They know no `left_pad`: from then on the rows of each padding have a session of their own."""
     pads = [3, 0, 0]
@@ -2903,7 +2932,12 @@ def test_a_padded_session_goes_on_over_original_petals_servers(tiny, old_swarm, 
 
         def lose() -> None:
             assert [span.peer for span in session.route] == [server.swarm.peer_id for server in ours]
-            ours[1].stop()
+            if case == "banned":  # as after a crash: the directory still has it
+                router, hop = session.router, hops_of(session)[1]
+                pm.wire().soon(router.failed, ours[1].swarm.peer_id, "it crashed")
+                pm.wire().soon(hop.close)
+            else:
+                ours[1].stop()
 
         actual = steps(session, lose)
     close(actual, expected)
@@ -3120,22 +3154,20 @@ def crowd(initial_peers, folder):
 
 def test_the_last_answer_to_a_prompt_comes_first(llama, monkeypatch):
     """The client needs that one; the others are its history and must not stand in the way on a slow link."""
-    expect, order, hidden = pm.Hop.expect, [], torch.randn(8, 200, 48)
+    receive, order, hidden = pm.Stream.receive, [], torch.randn(8, 200, 48)
     assert hidden.nbytes > pm.OFFLOAD_BYTES
 
-    def watched(hop: pm.Hop, step: pm.Step):
-        answer = expect(hop, step)
-        if step.end > step.start and hop.start not in order:
-            order.append(hop.start)
-            answer.add_done_callback(lambda _: order.append(f"answer {hop.start}"))
-        return answer
+    async def watched(stream: pm.Stream, kind: type):
+        message = await receive(stream, kind)
+        if message.ByteSize() > pm.OFFLOAD_BYTES:
+            order.append(stream.peer)
+        return message
 
+    monkeypatch.setattr(pm.Stream, "receive", watched)
     with llama.model.inference_session(max_length=200) as session:
-        session.step(hidden[:, :0])
-        monkeypatch.setattr(pm.Hop, "expect", watched)
         session.step(hidden)
-        until(lambda: len(order) == 6, what="the answer of every server")
-    assert next(entry for entry in order if isinstance(entry, str)) == "answer 3"
+        until(lambda: len(order) == 3, what="the answer of every server")
+        assert order[0] == session.route[-1].peer
 
 
 def side_by_side(use: Callable[[int], object], count: int) -> None:
@@ -3342,6 +3374,62 @@ def test_what_was_is_replayed_to_another_server(crowd, monkeypatch, case):
     expected = steps(None)
     for lost in (0, 1):
         close(steps(lost), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rewind", [False, True])
+def test_deep_prompts_of_padded_rows_are_replayed_to_the_same_tokens(crowd, rewind):
+    """They go to a row's first real tokens of their step; the first row has one, though there are two."""
+    random_ = torch.Generator().manual_seed(3)
+    hidden, layers = torch.randn(2, 12, 48, generator=random_), crowd.model.remote
+    prompts = torch.randn(LAYERS, 2, 2, 48, generator=random_)
+
+    def steps(lost: int | None) -> torch.Tensor:
+        with layers.inference_session(max_length=16, left_pad=[3, 0]) as session:
+            session.step(hidden[:, : 4 + rewind], prompts)
+            session.position = 4
+            first = session.step(hidden[:, 4:8])
+            if lost is not None:
+                pm.wire().soon(hops_of(session)[lost].close)
+            return torch.cat([first, session.step(hidden[:, 8:])], dim=1)
+
+    expected = steps(None)
+    for lost in (0, 1):
+        close(steps(lost), expected)
+
+
+@torch.no_grad()
+def test_a_padded_session_whose_rows_were_reordered_starts_over_as_it_began(crowd):
+    hidden = torch.randn(2, 8, 48)
+    with crowd.model.remote.inference_session(max_length=16, left_pad=[3, 0]) as session:
+        expected = session.step(hidden)
+        session.position = 4
+        session.step(hidden[:, 4:], hypo_ids=torch.tensor([1, 0]))
+        session.position = 0
+        close(session.step(hidden), expected)
+
+
+def test_a_server_that_breaks_connections_but_answers_has_not_come_back(crowd, monkeypatch):
+    """Its ban stands; that of one that was silent and answers now is lifted."""
+    router, alive = crowd.model.remote.router, True
+    pm.wire().call(router.refresh())
+    peer = crowd.servers[0].swarm.peer_id
+
+    async def probe(*_: object) -> None:
+        if not alive:
+            raise pm.PeerError("no answer", peer)
+
+    monkeypatch.setattr(router, "probe", probe)
+    monkeypatch.setattr(router, "bans", {})
+    router.failed(peer, "the connection broke", None)
+    assert not pm.wire().call(router._returned()) and not pm.wire().call(router._returned()) and router.bans
+    router.failed(peer, "the connection broke", None)
+    alive = False
+    assert not pm.wire().call(router._returned())
+    alive = True
+    assert pm.wire().call(router._returned()) and not router.bans
+    router.failed(peer, "it answered nonsense", False)
+    assert not pm.wire().call(router._returned()) and router.bans
 
 
 @torch.no_grad()
@@ -4299,6 +4387,24 @@ def test_a_server_ends_well_however_it_is_ended(llama, folder):
     assert (code, took < 5) == (0, True), terminal.log.read_text()
 
 
+def test_a_server_that_loads_says_so_until_it_is_online(crowd, server_of, monkeypatch):
+    """With the throughput that others count when they choose their blocks."""
+    announce, load, said = pm.announce, pm.load_block, []
+
+    async def watched(swarm, prefix, blocks, info, seconds):
+        said.append((info.state, info.throughput))
+        return await announce(swarm, prefix, blocks, info, seconds)
+
+    def slow(*given):
+        until(lambda: len(said) >= 3, what="announcements")
+        return load(*given)
+
+    monkeypatch.setattr(pm, "announce", watched)
+    monkeypatch.setattr(pm, "load_block", slow)
+    server_of(crowd.path, 0, 1, dht_prefix="slow-hf", update_period=0.2)
+    assert said[:3] == [(pm.JOINING, 1.0)] * 3 and (pm.ONLINE, 1.0) in said[3:]
+
+
 @pytest.fixture
 def main(capfd, monkeypatch):
     """The command line in this process: main(argument, …) -> (exit code, stderr). For what ends at once."""
@@ -5156,6 +5262,27 @@ def test_a_loss_during_recovery(faults, model, reference, moment, monkeypatch):
     ids, stall = disturbed(faults, model, "greedy", 1, "crash")
     assert frozen and ids == undisturbed(reference, "greedy")
     assert stall < STALL["freeze"]
+
+
+def test_a_frozen_server_does_not_hold_up_training(faults, model, monkeypatch):
+    """Forward and backward requests are looked after as steps are."""
+    x = torch.randn(2, 8, 48)
+
+    def gradient() -> torch.Tensor:
+        leaf = x.clone().requires_grad_()
+        model.remote(leaf).square().mean().backward()
+        return leaf.grad
+
+    expected, requests = gradient(), spy(monkeypatch, pm, "_request")
+    frozen = next(peer for peer, host in faults.host_of.items() if host == "server2")
+    faults.freeze("server2")
+    for _ in range(20):
+        began = time.monotonic()
+        close(gradient(), expected)
+        assert time.monotonic() - began < STALL["freeze"]
+        if any(call.args[1].span.name == frozen for call in requests):
+            return
+    raise AssertionError("it was never asked")
 
 
 def test_rewinds_and_reorders_then_loss(faults, model):
