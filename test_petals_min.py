@@ -82,7 +82,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import petals_min as pm
-from kernels import attention, lora, matmul, norm, pages, rotary
+from kernels import attention, lora, matmul, norm, pages, rotary, weights
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 90.0  # seconds until something that should happen at once counts as hung
@@ -5674,8 +5674,8 @@ def test_blocks_whose_weights_are_in_the_order_of_onednn(
     family, server_of, initial_peers, tmp_path, monkeypatch
 ):
     """Those of the other tests are too small for it."""
-    packed = spy(monkeypatch, matmul, "_packed_product")
-    monkeypatch.setattr(matmul, "BLOCKED_WEIGHTS", 0)
+    packed = spy(monkeypatch, matmul, "packed_product")
+    monkeypatch.setattr(weights, "BLOCKED_WEIGHTS", 0)
     reference, ids = make_model(family), some_ids(2, 9)
     path = save(reference, tmp_path / f"blocked-{family}")
     server = server_of(path, 0, LAYERS, dht_prefix="blocked")
