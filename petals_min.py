@@ -1751,9 +1751,20 @@ class Route:
                 for hop in self.hops:
                     if hop.alive and hop.span.peer == getattr(error, "peer", None):
                         hop.close()
+                if getattr(error, "silent", None):
+                    await self._leave_silent()
                 what = f"blocks {self.blocks.start}:{self.blocks.stop}"
                 await self.router.before_retry(attempt, error, what)
         raise AssertionError("unreachable")
+
+    async def _leave_silent(self) -> None:
+        """One server fell silent: others may have too, and are found so at once, not one after the other."""
+        alive = [hop for hop in self.hops if hop.alive]
+        answers = await _gather_quietly(*(self.router.probe(hop.span.peer, MAX_PING) for hop in alive))
+        for hop, answer in zip(alive, answers, strict=True):
+            if isinstance(answer, PeerError):
+                self.router.failed(hop.span.peer, f"it fell silent ({answer})")
+                hop.close()
 
     async def _chain(self, step: Step) -> Tensor:
         """Send the step to the first server, let each push to the next, and wait for the last one's answer.
