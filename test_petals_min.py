@@ -1777,6 +1777,27 @@ def test_the_parts_of_a_batch_are_under_way_at_once(crowd, monkeypatch, grads):
         assert len(places) == len(done) == 8 and places[0] < done[4] and places[4] < done[-1]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("most, peak", [(2**28, 8), (2 * 128 * 48 * 4, 2), (1, 1)])
+def test_what_is_under_way_of_a_batch_is_bounded(crowd, monkeypatch, most, peak):
+    """A server holds so much and no more for all its clients; one request always goes."""
+    call, now, found = pm.call_large, [], []
+
+    async def watched(*given):
+        now.append(given)
+        found.append(len(now))
+        await asyncio.sleep(0.02)
+        try:
+            return await call(*given)
+        finally:
+            now.pop()
+
+    monkeypatch.setattr(pm, "call_large", watched)
+    monkeypatch.setattr(pm, "MAX_FLYING_BYTES", most)
+    crowd.model.remote(torch.randn(8, 128, 48))
+    assert max(found) == peak and len(found) == 16
+
+
 @pytest.mark.parametrize("deep", ["shared", "per row"])
 def test_a_server_killed_between_forward_and_backward(
     crowd, server_of, initial_peers, folder, deep, monkeypatch
@@ -4747,6 +4768,8 @@ class SlowLink:
                 start_new_session=True,
             )  # a Ctrl-C is for the parent, which then ends the relay
             kept.callback(self._stop)
+            lent.close()  # so that the relay's end of the socket ends with it
+            self._control.settimeout(60)
             self.stats()
             self._undo = kept.pop_all()
         return self
