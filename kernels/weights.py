@@ -165,7 +165,7 @@ def unpack(w: Weight):
     if isinstance(w.packed, torch.Tensor) and w.kind == "int8":
         return (w.packed * w.scale[:, None])[:, :K]
     if w.kind == "int8":
-        return torch.ops.quantized.linearunpack(w.packed)[0].dequantize()[:, :K]
+        return torch.ops.quantized.linear_unpack(w.packed)[0].dequantize()[:, :K]
     # the packing has no inverse: multiply by one
     one = torch.eye(w.scale.shape[0] * GROUP, dtype=torch.bfloat16)
     return torch.ops.aten._weight_int4pack_mm_for_cpu(one, w.packed, GROUP, w.scale).T[:, :K].float()
