@@ -3173,22 +3173,24 @@ def crowd(initial_peers, folder):
         yield SimpleNamespace(reference=reference, servers=servers, model=model, path=path)
 
 
-def test_the_last_answer_to_a_prompt_comes_first(llama, monkeypatch):
-    """The client needs that one; the others are its history and must not stand in the way on a slow link."""
-    receive, order, hidden = pm.Stream.receive, [], torch.randn(8, 200, 48)
+@torch.no_grad()
+def test_the_last_answer_to_a_prompt_comes_first(crowd, monkeypatch):
+    """The client needs that one; the others are its history and must not stand in the way on a slow link: the
+    first server answers when the second one has."""
+    infer, order, hidden = pm.TransformerConnectionHandler._infer, [], torch.randn(8, 200, 48)
     assert hidden.nbytes > pm.OFFLOAD_BYTES
 
-    async def watched(stream: pm.Stream, kind: type):
-        message = await receive(stream, kind)
-        if message.ByteSize() > pm.OFFLOAD_BYTES:
-            order.append(stream.peer)
-        return message
+    async def watched(handler, *given):
+        response = await infer(handler, *given)
+        order.append(handler.server.span.start)
+        return response
 
-    monkeypatch.setattr(pm.Stream, "receive", watched)
-    with llama.model.inference_session(max_length=200) as session:
+    with crowd.model.inference_session(max_length=200) as session:
+        session.step(hidden[:, :0])
+        monkeypatch.setattr(pm.TransformerConnectionHandler, "_infer", watched)
         session.step(hidden)
-        until(lambda: len(order) == 3, what="the answer of every server")
-        assert order[0] == session.route[-1].peer
+        until(lambda: len(order) == 2, what="the answer of every server")
+    assert order == [2, 0]
 
 
 def side_by_side(use: Callable[[int], object], count: int) -> None:
