@@ -827,6 +827,8 @@ def soak(minutes: float = 30) -> None:
         figures = endure(faults, reference, minutes)
     report(bench="soak", **figures)
     bad = {name: figures[name] for name in ("wrong", "errors", "hung", "leaked_tokens") if figures[name]}
+    memories = {name: figures[name] for name in ("client_mib", "servers_mib")}
+    bad |= {name: its for name, its in memories.items() if its[1] > 1.05 * its[0]}  # it should be flat
     sys.exit(f"not as it should be: {bad}" if bad else 0)
 
 

@@ -1362,7 +1362,9 @@ PROBE_SECONDS = 0.2  # silence after which a server at work is asked whether it 
 STUCK_SECONDS = 60.0  # in which a server that has work and computes no block counts as stuck
 SLOWEST_LINK = 125e3  # bytes/s: a probe waits behind the step that is being sent, so patience grows with it
 PUSH_SECONDS = 1.0  # silence after which a push counts as late and the client sends the step itself
+UNPUSHED_SECONDS = 15.0  # for which it then sends all steps to that server itself; doubles each time
 FAREWELL_SECONDS = 5.0  # that the end of a stream may take to send
+CLOSED = "this session was closed while a step was under way"
 HISTORY_SECONDS = 5.0  # how long a repair waits for middle answers that are still on their way
 
 
@@ -1565,6 +1567,9 @@ class Hop:
         self.alive, self.history = False, History()
         self.compression = router.compression
         self.traces: list[dict] | None = [] if router.config.trace else None  # what came with each answer
+        self.sent = self.late = ""  # ids: of the last step that we sent, of the last one whose push was late
+        self.unpushed = 0  # pushes in a row that did not come at all
+        self.pushed_from = -math.inf  # time.monotonic() from which on steps are to be pushed to it
         self.answers: dict[str, asyncio.Future] = {}  # step id -> its answer, in the order of answers
 
     @property
@@ -1589,6 +1594,7 @@ class Hop:
         """Begin to send a step with its input at this server, which pushes its output `onward`; a server runs
         a step that it has seen only once."""
         self.expect(step)
+        self.sent = step.id
         terms |= {"session_id": self.session_id, "step_id": step.id, "start_from_position": step.start}
         if onward:
             terms["next_servers"] = [(hop.span.name, hop.session_id, hop.start, hop.end) for hop in onward]
@@ -1617,16 +1623,27 @@ class Hop:
         try:
             while True:
                 response = await self.stream.receive(ExpertResponse)
-                waiting = [answer for answer in self.answers.values() if not answer.done()]
+                waiting = [(id, answer) for id, answer in self.answers.items() if not answer.done()]
                 if not waiting or not response.tensors:
                     raise PeerError("an answer came that nobody asked for", self.span.peer)
+                (id, answer), said = waiting[0], unpack_metadata(response)
+                self._note_push(id, said)
                 if self.traces is not None:
-                    self.traces.append(unpack_metadata(response))
-                waiting[0].set_result(await _off_loop(_size(response), unpack, response.tensors[0]))
+                    self.traces.append(said)
+                answer.set_result(await _off_loop(_size(response), unpack, response.tensors[0]))
         except Exception as error:
             self._fail(error)
         finally:
             self.stream.close()
+
+    def _note_push(self, id: str, said: dict) -> None:
+        """With the answer to a step: whether the server before reaches this one. A push may come late, but
+        before the step that we sent; a server of ours says if it did not, of another we think the worst."""
+        if id != self.sent:
+            self.unpushed = 0
+        elif id == self.late and not said.get("pushed", self.ours):
+            self.pushed_from = time.monotonic() + UNPUSHED_SECONDS * 2 ** min(self.unpushed, 10)
+            self.unpushed += 1
 
     def _fail(self, error: Exception) -> None:
         self.alive = False
@@ -1668,7 +1685,7 @@ class Route:
         # of the steps that had deep prompts: start -> end, prompts. They go to a row's first real tokens of
         # the step, so no other tokens may be replayed together with these.
         self.prompts: dict[int, tuple[int, Tensor]] = {}
-        self.closed = False
+        self.closed, self.running = False, None  # the task that runs a step
 
     def fits(self, span: Span, padded: bool = True) -> bool:
         length, room, features = span.info.max_length, span.info.cache_tokens, span.info.features
@@ -1695,6 +1712,8 @@ class Route:
 
     def close(self) -> None:
         self.closed = True
+        if self.running is not None:
+            self.running.cancel()
         for hop in reversed(self.hops):  # the last server first, as Petals does
             hop.close()
 
@@ -1714,10 +1733,12 @@ class Route:
 
     async def run(self, step: Step) -> Tensor:
         """Run a step on all servers, however often it takes; returns [B, T, H]."""
+        _require(not self.closed, CLOSED)
         past = {at: (min(end, step.start), given) for at, (end, given) in self.prompts.items()}
         self.prompts = {at: (end, given) for at, (end, given) in past.items() if at < end}  # after a rewind
         pieces = step.pieces()
         before = self.state() if len(pieces) > 1 else None
+        self.running = asyncio.current_task()
         try:
             return torch.cat([await self._run_piece(piece) for piece in pieces], dim=1)
         except BaseException:  # cancelled or out of retries: what the servers did of this step is unknown, so
@@ -1725,7 +1746,11 @@ class Route:
                 hop.close()
             if before is not None:  # some pieces are done, and rows reordered
                 self.restore(before)
+            if self.closed:
+                raise UserError(CLOSED) from None
             raise
+        finally:
+            self.running = None
 
     def state(self) -> tuple[History, list[int], dict]:
         """What `restore` needs to undo the steps that follow."""
@@ -1792,20 +1817,23 @@ class Route:
 
     async def _carry(self, step: Step, hops: Sequence[Hop], chained: bool = False, **terms: Any) -> Tensor:
         """Take the step from server to server; returns the last one's answer. In a chain only the first is
-        given it, and those to which the push is late. PeerError as soon as the server whose turn it is is
-        known to have failed (`Watch`)."""
+        given it, and those to which the push is late, or was of late. PeerError as soon as the server whose
+        turn it is is known to have failed (`Watch`)."""
         size = sum(tensor.nbytes for tensor in (step.hidden, *terms.get("own", ())))
         value, before, upload = step.hidden, "", size / SLOWEST_LINK
+        began = time.monotonic()
         answers = [hop.expect(step) for hop in hops]
         for index, (hop, answer) in enumerate(zip(hops, answers, strict=True)):
             watch, now = Watch(self.router, hop.span.peer), time.monotonic()
             deadline = now + self.config.request_timeout + terms.get("alloc_timeout", 0.0)
-            late = now + PUSH_SECONDS + upload / 10 if chained and index else now
+            pushed = chained and index and hop.pushed_from <= began
+            late = now + PUSH_SECONDS + upload / 10 if pushed else now
             while not answer.done():
                 if time.monotonic() >= late:
-                    hop.upstream = before or hop.upstream
+                    hop.upstream, hop.late = before or hop.upstream, step.id if pushed else ""
                     blocks = slice(hop.start - self.blocks.start, hop.end - self.blocks.start)
-                    onward = hops[index + 1 :] if chained else ()
+                    onward = itertools.takewhile(lambda hop: hop.pushed_from <= began, hops[index + 1 :])
+                    onward = list(onward) if chained else ()
                     hop.send(step, value, _prompts_of(step.prompts, blocks), onward, **terms)
                     late, watch.sending = math.inf, upload
                 await watch.look_after(answer)
@@ -1837,7 +1865,7 @@ class Route:
 
     async def _repair(self, step: Step) -> None:
         """Find servers for the blocks that have none, and bring their caches to the step's start."""
-        while not self.closed:
+        while True:
             alive = [hop.alive for hop in self.hops] + [True]
             if all(alive):
                 return
@@ -1850,8 +1878,6 @@ class Route:
             else:  # the inputs were lost too: begin with the server before
                 assert first, "the first server's inputs are always kept"
                 self.hops[first - 1].close()
-        self.close()  # once more: servers that were opened meanwhile
-        raise UserError("this session was closed while a step was under way")
 
     async def _open(self, start: int, end: int, inputs: Tensor) -> list[Hop]:
         """New servers for some blocks, their caches rebuilt from the inputs [B, T, H] of the first of
@@ -2101,6 +2127,7 @@ class InferenceSession(transformers.Cache):
 
     async def _run(self, step: Step) -> Tensor:
         async with self._lock:
+            _require(not self.closed, CLOSED)
             terms = (len(step.hidden), tuple(self.left_pad))
             # a padded session that starts over may have had its rows reordered
             over = any(self.left_pad) and not step.start and any(route.position for route in self._routes)
@@ -3496,10 +3523,11 @@ class WithoutCache:
 # 16  Sessions, the server's side: whose turn it is
 # ============================================================================================================
 
-MAX_PUSHES, MAX_PUSH_BYTES = 64, 2**28  # held until their turn: per session, in all sessions together
+MAX_PUSHES, MAX_PUSH_BYTES = 16, 2**28  # held until their turn: per session, in all sessions together
+MAX_PUSHING = 4  # of a session's outputs: to a next server that takes none
 MAX_SEEN = 1024  # step ids that a session remembers
 MAX_REQUEST_BYTES = 2**27  # as float32, of the hidden states of a forward or backward request of several rows
-MAX_HELD_BYTES = 2**30  # of forward and backward requests together
+MAX_HELD_BYTES = 2**30  # of forward and backward requests, and of sessions that wait for room, together
 MAX_LORA_BYTES = 2**30  # of clients' own LoRA, in all sessions together
 REQUEST_TIMEOUT = 3 * 60.0  # seconds in which a streamed request must be here, as in Petals
 
@@ -3551,6 +3579,7 @@ class ServerSession:
         self.pushes: dict[int, tuple[ExpertRequest, dict]] = {}  # by the position at which their turn comes
         self.handed_on: dict[int, asyncio.Event] = {}  # by that position: set when such a step was answered
         self.busy: asyncio.Future | None = None  # the executor's work for this session
+        self.pushing: set[asyncio.Task] = set()  # outputs on their way to the next server
         self.requests = requests  # the client's stream
         self.reading: asyncio.Future | None = None  # its next request
         self.news = asyncio.Event()  # a request or a push has come
@@ -3610,7 +3639,7 @@ class TransformerConnectionHandler(ServicerBase):
         self.server, self.executor, self.pool = server, server.executor, server.pool
         self.uids = block_uids(server.prefix, server.span.start, server.span.stop)
         self.sessions: dict[str, ServerSession] = {}
-        self.held = 0  # bytes of the forward and backward requests that wait or are being computed
+        self.held = 0  # bytes of such requests
 
     # ---- checks: everything a stranger sends passes here
 
@@ -3684,16 +3713,34 @@ class TransformerConnectionHandler(ServicerBase):
     async def rpc_forward(self, request: ExpertRequest, context: P2PContext) -> ExpertResponse:
         """Tensors [hidden, prompts] -> [output]; as rpc_backward [hidden, gradient, prompts] -> the gradients
         of the inputs."""
-        size, backward = _size(request), "rpc_backward" in context.handle_name
+        with self._holding(request):
+            return await self._forward(request, context)
+
+    @contextlib.contextmanager
+    def _holding(self, request: ExpertRequest) -> Iterator[None]:
+        """While a request waits, is computed and answered: of those there may only be so much."""
+        size = _size(request)
         if self.held + size > MAX_HELD_BYTES:
             raise AllocationFailed(f"no room for {size} bytes: {self.held} of {MAX_HELD_BYTES} are in work")
         self.held += size
         try:
-            return await self._forward(request, backward, context.remote_id)
+            yield
         finally:
             self.held -= size
 
-    async def _forward(self, request: ExpertRequest, backward: bool, client: PeerID) -> ExpertResponse:
+    @staticmethod
+    @contextlib.contextmanager
+    def _ending() -> Iterator[None]:
+        """A stream's limit: a client that reads no answers holds us up where no other one looks."""
+        end, task = SESSION_TIMEOUT + STEP_TIMEOUT, asyncio.current_task()
+        timer = asyncio.get_running_loop().call_later(end, task.cancel)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    async def _forward(self, request: ExpertRequest, context: P2PContext) -> ExpertResponse:
+        backward, client = "rpc_backward" in context.handle_name, context.remote_id
         blocks, metadata = self._blocks(request.uid), checked_metadata(request)
         hidden, *grad, prompts, _, own = await self._inputs(request, metadata, blocks, 1 + backward)
         (B, T), most, pads = hidden.shape[:2], self.server.max_length, metadata.get("left_pad", ())
@@ -3711,8 +3758,9 @@ class TransformerConnectionHandler(ServicerBase):
         wanted = f"expected the whole request within {REQUEST_TIMEOUT:g} s"
         with _failing_as(ValueError, wanted, asyncio.TimeoutError):
             request = await _at_most(REQUEST_TIMEOUT, join_messages(requests))
-        for part in split_message(await self.rpc_forward(request, context)):
-            yield part
+        with self._ending(), self._holding(request):
+            for part in split_message(await self._forward(request, context)):
+                yield part
 
     rpc_backward, rpc_backward_stream = rpc_forward, rpc_forward_stream  # the context says which was called
 
@@ -3739,26 +3787,25 @@ class TransformerConnectionHandler(ServicerBase):
         blocks, most = self._blocks(request.uid), self.server.max_length
         length, patience = metadata.get("max_length", math.inf), metadata.get("alloc_timeout", 0.0)
         expect(1 <= length <= most, f"max_length, of 1 to {most} tokens", length)
-        hidden, *_ = await self._inputs(request, metadata, blocks)
-        session = ServerSession(requests, blocks, len(hidden), metadata)
+        rows = len((await self._inputs(request, metadata, blocks))[0])
+        session = ServerSession(requests, blocks, rows, metadata)
         session.lora = self._adapter(metadata)
         expect(session.id not in self.sessions, "a session_id of its own", session.id)
         self.sessions[session.id] = session
-        # a client that reads no answers holds us up where no other limit looks
-        at_last, task = SESSION_TIMEOUT + STEP_TIMEOUT, asyncio.current_task()
-        end = asyncio.get_running_loop().call_later(at_last, task.cancel)
         try:
-            pages = await self.pool.take(session.rows, length, min(patience, STEP_TIMEOUT))
+            with self._holding(request):
+                pages = await self.pool.take(rows, length, min(patience, STEP_TIMEOUT))
             session.tables = RowTables(self.pool, pages, metadata.get("left_pad", ()))
-            while step is not None:
-                at = session.position
-                if session.is_new(step[1].get("step_id")):
-                    yield await self._infer(session, *step)
-                if at in session.handed_on:
-                    session.handed_on.pop(at).set()
-                step = await session.next()
+            del request
+            with self._ending():
+                while step is not None:
+                    at = session.position
+                    if session.is_new(step[1].get("step_id")):
+                        yield await self._infer(session, *step)
+                    if at in session.handed_on:
+                        session.handed_on.pop(at).set()
+                    step = await session.next()
         finally:
-            end.cancel()
             del self.sessions[session.id]
             if session.reading is not None:
                 session.reading.cancel()
@@ -3798,11 +3845,15 @@ class TransformerConnectionHandler(ServicerBase):
         output = await asyncio.shield(session.busy)
         session.position = end
         response = await self._response([output], metadata)
-        if work.moments:
-            response.metadata = MSGPackSerializer.dumps(work.trace())
-        if metadata.get("next_servers"):
+        said = work.trace() if work.moments else {}
+        if session.push_from and "pushed" not in metadata:
+            said["pushed"] = False  # the client had to send what it had named another for
+        response.metadata = MSGPackSerializer.dumps(said) if said else b""
+        if metadata.get("next_servers") and len(session.pushing) < MAX_PUSHING:
             # the next server first, then the client, on a slow link too; a frozen one is not waited for long
             push, size = _spawn(self._push(response.tensors[0], order, metadata)), _size(response)
+            session.pushing.add(push)
+            push.add_done_callback(session.pushing.discard)
             patience = size / (10 * SLOWEST_LINK) + PUSH_SECONDS * (size > OFFLOAD_BYTES)
             await asyncio.wait([push], timeout=patience)
         return response

@@ -3066,6 +3066,7 @@ def test_what_a_stranger_sends_is_checked(recorded_servers, monkeypatch):
     monkeypatch.setattr(pm, "MAX_HELD_BYTES", good.nbytes - 1)  # of all that waits
     with pytest.raises(Exception, match=f"no room for {good.nbytes} bytes: 0 of"):
         stranger.call("rpc_forward", ask(uid, [good], {}))
+    assert f"no room for {good.nbytes} bytes: 0 of" in refused(40, ask(uid, [good, *absent], terms))
     assert stranger.call("rpc_forward", ask(uid, [good[:1]], {})).tensors and server.handler.held == 0
     huge = runtime_pb2.Tensor(buffer=b"", size=[2**30, 2**20, 32], dtype="float32")
     assert "bytes" in refused(
@@ -3486,6 +3487,54 @@ def test_a_step_that_failed_half_way_can_be_tried_again(crowd, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("moment", ["compute", "opening", "replay", "backoff"])
+def test_a_session_closed_during_a_step_ends_it(crowd, monkeypatch, moment):
+    """By another thread, wherever the step is: it fails at once and says so, nobody is banned for it, and no
+    server keeps anything."""
+    router, reached, go_on, said = crowd.model.remote.router, threading.Event(), threading.Event(), []
+    session, hidden = crowd.model.inference_session(max_length=16), torch.randn(1, 6, 48)
+    session.step(hidden[:, :5])
+
+    async def stopped(*_: object, **__: object) -> None:
+        reached.set()
+        while not go_on.is_set():
+            await asyncio.sleep(0.02)
+
+    def held(*given: object) -> torch.Tensor:
+        reached.set()
+        go_on.wait(PATIENCE)
+        return compute(*given)
+
+    if moment == "compute":
+        compute = crowd.servers[1].executor.blocks[3]
+        monkeypatch.setitem(crowd.servers[1].executor.blocks, 3, held)
+    else:
+        places = {
+            "opening": (pm.Route, "_begin"),
+            "replay": (pm.Route, "_carry"),
+            "backoff": (router, "_read"),
+        }
+        pm.wire().soon(hops_of(session)[0].close)
+        until(lambda: not hops_of(session)[0].alive)
+        monkeypatch.setattr(*places[moment], stopped)
+        if moment == "backoff":
+            monkeypatch.setattr(router, "spans", [])
+    step = threading.Thread(
+        target=lambda: said.append(pytest.raises(pm.UserError, session.step, hidden[:, 5:]))
+    )
+    step.start()
+    assert reached.wait(PATIENCE)
+    session.close()
+    step.join(2)
+    assert not step.is_alive() and "closed while a step was under way" in str(said[0].value)
+    assert not router.bans
+    go_on.set()
+    free_again(*crowd.servers)
+    monkeypatch.undo()
+    pm.wire().call(router.refresh())
+
+
+@torch.no_grad()
 def test_a_server_that_lives_but_computes_nothing_is_left(crowd, server_of, initial_peers, monkeypatch):
     """Its handler answers every probe; its executor has work and finishes no block."""
     options, go_on = {"dht_prefix": "stuck-hf"}, threading.Event()
@@ -3575,6 +3624,112 @@ def test_the_directory_is_read_in_the_background(crowd, initial_peers, monkeypat
     before = len(mine())
     time.sleep(0.6)
     assert len(mine()) == before
+
+
+@torch.no_grad()
+def test_where_pushes_do_not_come_the_client_goes_on_alone_and_tries_again(crowd, monkeypatch):
+    """Servers that cannot reach each other cost one late step, not one for every token; nor many pushes that
+    nobody takes. Later, when they can again, the client waits for pushes as before."""
+    push, tries = pm.TransformerConnectionHandler._push, []
+    hidden, seconds = torch.randn(1, 40, 48), []
+
+    async def stuck(*given) -> None:
+        tries.append(given)
+        await asyncio.sleep(PATIENCE)
+
+    def steps(count: int) -> list[torch.Tensor]:
+        outputs = []
+        for _ in range(count):
+            began, at = time.perf_counter(), session.position
+            outputs.append(session.step(hidden[:, at : at + 1]))
+            seconds.append(time.perf_counter() - began)
+        return outputs
+
+    monkeypatch.setattr(pm, "PUSH_SECONDS", 0.5)
+    monkeypatch.setattr(pm, "UNPUSHED_SECONDS", 0.6)
+    with crowd.model.inference_session(max_length=40) as session:
+        expected = steps(28)
+    seconds.clear()
+    with crowd.model.inference_session(max_length=40) as session:
+        outputs, second = steps(4), hops_of(session)[1]
+        assert second.unpushed == 0
+        monkeypatch.setattr(pm.TransformerConnectionHandler, "_push", stuck)
+        outputs += steps(10)
+        assert max(seconds[5:]) < 0.5 < seconds[4] and len(tries) == second.unpushed == 1
+        time.sleep(0.7)
+        outputs += steps(10)  # tried once more, in vain: left alone for twice as long
+        assert max(seconds[15:]) < 0.5 < seconds[14] and len(tries) == second.unpushed == 2
+        monkeypatch.setattr(pm.TransformerConnectionHandler, "_push", push)
+        time.sleep(1.3)
+        outputs += steps(4)
+        assert max(seconds[24:]) < 0.5 and second.unpushed == 0
+    close(torch.cat(outputs, dim=1), torch.cat(expected, dim=1))
+    free_again(*crowd.servers)
+
+
+@torch.no_grad()
+def test_a_slow_server_is_not_taken_for_one_that_pushes_do_not_reach(crowd, monkeypatch):
+    monkeypatch.setattr(pm, "PUSH_SECONDS", 0.2)
+    with crowd.model.inference_session(max_length=40) as session:
+        session.step(torch.randn(1, 4, 48))
+        for index, block in crowd.servers[1].executor.blocks.items():
+            monkeypatch.setitem(crowd.servers[1].executor.blocks, index, slowed(block, 0.3))
+        session.step(torch.randn(1, 1, 48))
+        second = hops_of(session)[1]
+        assert second.late == second.sent and second.unpushed == 0  # we sent it too, for nothing
+    free_again(*crowd.servers)
+
+
+def test_a_hostile_record_costs_that_record_only(crowd, initial_peers, caplog):
+    """Beside two good servers a stranger publishes what is no msgpack or no record, has other types, too much
+    of something, or names no peer; and a plain value in place of a block's servers."""
+    caplog.set_level("INFO", "petals_min")
+    prefix, good = "hostile-hf", {server.swarm.peer_id for server in crowd.servers}
+    expires, record = pm.get_dht_time() + 60, crowd.servers[0].info.to_record()
+    nested = (0,)
+    for _ in range(15):
+        nested = (nested,)
+    deep = pm.MSGPackSerializer.dumps(nested)
+    bad = {
+        "noise": b"\xc1\xff", "deep": deep, "short": pm.MSGPackSerializer.dumps((2,)), "none": b"",
+        "text": pm.MSGPackSerializer.dumps((2, "1e9", {})), "x" * 2000: pm.MSGPackSerializer.dumps(record),
+        "pings": pm.MSGPackSerializer.dumps((2, 1.0, {"next_pings": {str(i): 0.0 for i in range(5000)}})),
+    }  # fmt: skip
+
+    async def publish(swarm: pm.Swarm) -> None:
+        protocol, uids = swarm.node.protocol, pm.block_uids(prefix, 0, LAYERS)
+        for server in crowd.servers:
+            await pm.announce(server.swarm, prefix, range(LAYERS - 1), server.info, 60)
+        await swarm.node.store(uids[-1], "nothing", expires)
+        for name, value in bad.items():
+            key, name = pm.DHTID.generate(source=uids[1]), pm.MSGPackSerializer.dumps(name)
+            for peer in (server.swarm.peer_id for server in crowd.servers):
+                await protocol.call_store(peer, [key], [value], expires, [name])
+
+    swarm = pm.wire().call(pm.Swarm.join(initial_peers, client_mode=True))
+    try:
+        pm.wire().call(publish(swarm))
+        table = pm.wire().call(pm.read_directory(swarm, prefix, LAYERS))
+    finally:
+        pm.wire().call(swarm.leave())
+    skipped = [message for message in caplog.messages if message.startswith("skipping a malformed record")]
+    assert len(skipped) >= len(bad) - 1  # one names no peer that could be shown
+    assert [set(servers) for servers in table] == [good] * (LAYERS - 1) + [set()]
+
+
+def test_show_route_logs_one_line(crowd, initial_peers, caplog):
+    """Sessions' routes by default, forward requests' too with True, none with False."""
+    caplog.set_level("INFO", "petals_min")
+    load = functools.partial(pm.AutoDistributedModelForCausalLM.from_pretrained, crowd.path)
+    for show, sessions, forwards in ((None, 1, 0), (True, 1, 2), (False, 0, 0)):
+        caplog.clear()
+        model = load(initial_peers=initial_peers, **({} if show is None else {"show_route": show}))
+        with model.inference_session(max_length=16) as session:
+            greedy(model, some_ids(1, 5), new=4)
+            route = " => ".join(map(str, session.route))
+        assert caplog.messages.count(f"route found: {route}") == sessions and route.startswith("0:2 via …")
+        model(some_ids(1, 5))
+        assert sum(message.startswith("forward: ") for message in caplog.messages) == forwards
 
 
 def test_pushes_can_be_switched_off(crowd, initial_peers, monkeypatch):
@@ -5257,6 +5412,31 @@ def test_a_minute_of_faults_while_eight_clients_generate(faults, model, referenc
 def test_several_losses_at_once(faults, model, reference, also):
     ids, stall = disturbed(faults, model, "greedy", 0, "freeze", also=also)
     assert ids == undisturbed(reference, "greedy") and stall < STALL["freeze"]
+
+
+def test_servers_that_lose_each_other_but_not_the_client(faults, model):
+    """One token is late; then the client carries the steps between these two itself."""
+    if faults.net is None:
+        pytest.skip("cuts need root and network namespaces")
+    hidden = torch.randn(1, 30, 48)
+
+    def steps(session, strike) -> tuple[list[torch.Tensor], list[float]]:
+        outputs, seconds = [session.step(hidden[:, :5])], []
+        route = session.route
+        strike(*(faults.host_of[span.name] for span in route[:2]))
+        for i in range(5, 30):
+            began = time.monotonic()
+            outputs.append(session.step(hidden[:, i : i + 1]))
+            seconds.append(time.monotonic() - began)
+        assert session.route == route
+        return torch.cat(outputs, dim=1), seconds
+
+    with model.inference_session(max_length=32) as session:
+        expected, _ = steps(session, lambda *hosts: None)
+    with model.inference_session(max_length=32) as session:
+        actual, seconds = steps(session, faults.net.cut)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    assert pm.PUSH_SECONDS < seconds[0] < 3 and max(seconds[1:]) < pm.PUSH_SECONDS / 2
 
 
 @pytest.mark.parametrize("moment", ["connect", "replay"])
