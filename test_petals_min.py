@@ -9,7 +9,7 @@ A test of exactness is worth something only if
   - it is sound: the reference is nowhere near a tie, where a rounding error would decide
     (`Reference.margin`),
   - it is sharp: the text depends on every block, position, beam and mask. Hence random norms and biases, wide
-    weights (0.4 instead of the usual 0.02, which makes blocks near-identities), untied heads, at least 8
+    weights (0.3 instead of the usual 0.02, which makes blocks near-identities), untied heads, at least 8
     different tokens, and four mutants that must be caught (`test_the_proof_bites`).
 Both are asserted (`Reference.verdict`).
 
@@ -86,7 +86,7 @@ from kernels import attention, lora, matmul, norm, pages, rotary, weights
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 90.0  # seconds until something that should happen at once counts as hung
-CLOSE = dict(atol=1e-4, rtol=1e-4)  # two ways to compute the same thing in float32
+CLOSE = dict(atol=1e-4, rtol=0)  # two ways to compute the same thing in float32
 torch.set_num_threads(1)  # tiny matrices: more threads only get in the servers' way
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -134,7 +134,7 @@ COMMON = dict(
     num_hidden_layers=LAYERS,
     num_attention_heads=6,
     max_position_embeddings=256,
-    initializer_range=0.4,
+    initializer_range=0.3,
     tie_word_embeddings=False,
     bos_token_id=None,
     eos_token_id=None,  # a run ends by its length alone
@@ -152,7 +152,7 @@ def make_model(family: str, salt: str = "", **changes) -> transformers.PreTraine
         if parameter.ndim == 1 and name.endswith("weight"):
             parameter.data.uniform_(0.5, 1.5, generator=random)
         else:
-            parameter.data.normal_(0, 0.2 if parameter.ndim == 1 else 0.4, generator=random)
+            parameter.data.normal_(0, 0.2 if parameter.ndim == 1 else 0.3, generator=random)
         if name.endswith(
             "dense_4h_to_h.weight"
         ):  # GELU's mean is not 0: without this, one constant drowns the context
@@ -176,18 +176,18 @@ MARGIN = 1e-3
 TEMPERATURE = 0.7
 
 # The seed of each prompt: the first whose reference is sound and sharp. `python test_petals_min.py` looks for
-# them again. Passed over, of 67 tried: 11 where some row had fewer than 8 different tokens (bloom 9,
-# falcon-rw 1, qwen3 1) and 2 near a tie (beam searches of bloom and falcon-40b); none for a router.
+# them again. Passed over, of 94 tried: 30 where some row had fewer than 8 different tokens (bloom 18,
+# falcon-rw 6, others 2 each) and 10 near a tie; none for a router.
 SEEDS: dict[str, dict[str, int]] = {
     "llama": {"greedy": 0, "sampling": 0, "beams": 0, "assistant": 0, "lookup": 0, "padded": 0},
-    "bloom": {"greedy": 0, "sampling": 0, "beams": 5, "assistant": 0, "lookup": 0, "padded": 5},
-    "falcon-7b": {"greedy": 0, "sampling": 0, "beams": 0, "assistant": 0, "lookup": 0, "padded": 0},
-    "falcon-40b": {"greedy": 0, "sampling": 0, "beams": 1, "assistant": 0, "lookup": 0, "padded": 0},
-    "falcon-rw": {"greedy": 0, "sampling": 0, "beams": 0, "assistant": 0, "lookup": 1, "padded": 0},
+    "bloom": {"greedy": 0, "sampling": 0, "beams": 13, "assistant": 0, "lookup": 1, "padded": 6},
+    "falcon-7b": {"greedy": 0, "sampling": 0, "beams": 5, "assistant": 0, "lookup": 0, "padded": 0},
+    "falcon-40b": {"greedy": 0, "sampling": 0, "beams": 2, "assistant": 0, "lookup": 1, "padded": 0},
+    "falcon-rw": {"greedy": 1, "sampling": 0, "beams": 5, "assistant": 1, "lookup": 1, "padded": 0},
     "mixtral": {"greedy": 0, "sampling": 0, "beams": 0, "assistant": 0, "lookup": 0, "padded": 0},
     "mistral": {"greedy": 0, "sampling": 0, "beams": 0, "assistant": 0, "lookup": 0, "padded": 0},
-    "qwen2": {"greedy": 0, "sampling": 0, "beams": 0, "assistant": 0, "lookup": 0, "padded": 0},
-    "qwen3": {"greedy": 0, "sampling": 0, "beams": 0, "assistant": 0, "lookup": 1, "padded": 0},
+    "qwen2": {"greedy": 0, "sampling": 0, "beams": 0, "assistant": 0, "lookup": 0, "padded": 1},
+    "qwen3": {"greedy": 0, "sampling": 0, "beams": 1, "assistant": 0, "lookup": 1, "padded": 1},
 }
 
 
@@ -4264,7 +4264,7 @@ def make_tame_model(family: str) -> transformers.PreTrainedModel:
     model = make_model(family)
     for name, weight in model.named_parameters():
         if re.search(r"(layers|h)\.\d", name) and weight.ndim > 1:
-            weight.data /= 4
+            weight.data /= 3
     return model
 
 
@@ -4282,7 +4282,7 @@ def rounded(model: transformers.PreTrainedModel, kind: str) -> transformers.PreT
 def test_servers_with_smaller_weights(family, initial_peers, folder, tmp_path):
     """Logits, steps of a session and gradients, in each format; a client keeps to a format by the
     directory."""
-    reference, ids = make_tame_model(family), some_ids(2, 19, seed=44)  # routers not near a tie in any format
+    reference, ids = make_tame_model(family), some_ids(2, 19, seed=3)  # routers not near a tie in any format
     path = save(reference, tmp_path / f"small-{family}")
     with contextlib.ExitStack() as stack:
         servers = {}
