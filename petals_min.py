@@ -140,6 +140,7 @@ MAX_UNARY_BYTES = 4 * 2**20 - 2**18  # hivemind's unary calls fail above 4 MiB (
 STREAM_BYTES, PART_BYTES = 2**20, 4 * 2**20
 KEEPALIVE_SECONDS = 45  # after which libp2p has noticed that a connection is dead
 MAX_MET = 16  # peers that a node greets again
+MAX_MESSAGE_BYTES = 2**30  # that a client takes
 OFFLOAD_BYTES = 2**18  # larger payloads are (de)serialized outside the wire thread's loop
 # Seconds, as in Petals: between two steps of a session, and its whole life.
 STEP_TIMEOUT, SESSION_TIMEOUT = 5 * 60.0, 30 * 60.0
@@ -744,18 +745,36 @@ class Stream:
 
     def __init__(self, peer: PeerID, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self.peer, self.reader, self.writer, self.close = peer, reader, writer, writer.close
+        self.sent = self.arrived = 0  # bytes
 
     @classmethod
     async def open(cls, p2p: P2P, peer: PeerID, rpc: str, timeout: float) -> Stream:
         opening = p2p.call_binary_stream_handler(peer, f"{HANDLER}.{rpc}")
         return cls(peer, *(await _within(timeout, peer, opening))[1:])
 
+    @property
+    def moved(self) -> int:
+        """Bytes that have left us or come: while it grows, the peer or what is before it lives."""
+        return self.sent - self.writer.transport.get_write_buffer_size() + self.arrived
+
     async def send(self, message) -> None:
+        self.sent += message.ByteSize()
         await _within(None, self.peer, P2P.send_protobuf(message, self.writer))
+
+    async def readexactly(self, count: int) -> bytes:
+        """What hivemind reads by, in pieces, so that a slow answer is seen to come."""
+        expect(count <= MAX_MESSAGE_BYTES, f"a message of {MAX_MESSAGE_BYTES} bytes at most", count)
+        pieces = []
+        while count:
+            pieces.append(await self.reader.read(min(count, OFFLOAD_BYTES)))
+            if not pieces[-1]:
+                raise asyncio.IncompleteReadError(b"", count)
+            count, self.arrived = count - len(pieces[-1]), self.arrived + len(pieces[-1])
+        return b"".join(pieces)
 
     async def receive(self, kind: type) -> Any:
         """The next message; PeerError if the peer reports an error or the stream ends."""
-        message, error = await _within(None, self.peer, P2P.receive_protobuf(kind, self.reader))
+        message, error = await _within(None, self.peer, P2P.receive_protobuf(kind, self))
         if error is not None:
             raise PeerError(error.message, self.peer)
         return message
@@ -777,13 +796,13 @@ class Stream:
 
 
 async def call_large(
-    p2p: P2P, peer: PeerID, rpc: str, request, answer: int, timeout: float
+    p2p: P2P, peer: PeerID, rpc: str, request, answer: int, timeout: float, watch: Watch
 ) -> ExpertResponse:
     """rpc_forward or rpc_backward, by stream when the request, or the answer of so many bytes, is large."""
     if max(_size(request), answer) <= STREAM_BYTES:
         return await call(p2p, peer, rpc, request, ExpertResponse, timeout)
-    with contextlib.closing(await Stream.open(p2p, peer, f"{rpc}_stream", timeout)) as stream:
-        return await _within(timeout, peer, stream.converse(request))
+    with contextlib.closing(await Stream.open(p2p, peer, f"{rpc}_stream", timeout)) as watch.stream:
+        return await _within(timeout, peer, watch.stream.converse(request))
 
 
 _NOBODY = "none of the initial peers answers; check the addresses, and that they run and are reachable"
@@ -1181,10 +1200,12 @@ class Router:
 
     def failed(self, peer: PeerID, reason: str, silent: bool | None = True) -> None:
         """Leave this peer alone for a while, twice as long at each failure in a row. A full cache is none: it
-        is only tried elsewhere first."""
-        failures = self.bans.pop(peer, (0.0, 0))[1]
-        seconds = self.config.ban_timeout * 2 ** min(failures, 10)
-        failures += not any(words in reason for words in NO_ROOM)
+        is only tried elsewhere first. Nor is one while it is banned, which only renews the ban: what went
+        wrong once may fail many sessions and requests."""
+        until, failures, *_ = self.bans.pop(peer, (-math.inf, 0))
+        if until <= time.monotonic():
+            failures += not any(words in reason for words in NO_ROOM)
+        seconds = self.config.ban_timeout * 2 ** min(max(0, failures - 1), 10)
         self.bans[peer] = (time.monotonic() + seconds, failures, reason, silent)
         logger.info("peer %s failed (%s): banned for %.0f s", peer, reason, seconds)
 
@@ -1361,6 +1382,7 @@ class Router:
 PROBE_SECONDS = 0.2  # silence after which a server at work is asked whether it lives, and again after as long
 STUCK_SECONDS = 60.0  # in which a server that has work and computes no block counts as stuck
 SLOWEST_LINK = 125e3  # bytes/s: a probe waits behind the step that is being sent, so patience grows with it
+BUFFERED_BYTES = 3 * 2**18  # of it that may be in sockets, libp2p and on the way, where we see nothing move
 PUSH_SECONDS = 1.0  # silence after which a push counts as late and the client sends the step itself
 UNPUSHED_SECONDS = 15.0  # for which it then sends all steps to that server itself; doubles each time
 FAREWELL_SECONDS = 5.0  # that the end of a stream may take to send
@@ -1380,10 +1402,10 @@ async def _together(coroutines: Iterable) -> list:
         await _gather_quietly(*tasks)
 
 
-def _checked(output: Tensor, like: Tensor, peer: PeerID) -> Tensor:
+def _checked(output: Tensor, shape: torch.Size, peer: PeerID) -> Tensor:
     """A server's answer, which must have the shape of what it was given."""
-    if output.shape != like.shape or not output.is_floating_point():
-        due = f"{list(like.shape)} floats were due"
+    if output.shape != shape or not output.is_floating_point():
+        due = f"{list(shape)} floats were due"
         raise PeerError(f"it answered {list(output.shape)} {output.dtype} where {due}", peer)
     return output
 
@@ -1513,12 +1535,14 @@ class Watch:
     The rule: a broken stream fails at once, elsewhere. After PROBE_SECONDS of silence the server is asked for
     `rpc_info` by its own handler: an error, or two answers missed in a row, fails it; so does an executor
     that has work but finishes no block in STUCK_SECONDS. A slow but honest server passes, because its handler
-    answers from the wire thread while its executor computes, block after block.
+    answers from the wire thread while its executor computes, block after block. One behind a slow link
+    passes, because an answer counts as missed only if no byte of the step or its answer moved meanwhile, and
+    is given the time that what moves unseen (`BUFFERED_BYTES`) takes.
     """
 
-    def __init__(self, router: Router, peer: PeerID, sending: float = 0.0):
-        self.router, self.peer = router, peer
-        self.sending = sending  # seconds that a probe may wait behind what we send
+    def __init__(self, router: Router, peer: PeerID, size: int, stream: Stream | None = None):
+        self.router, self.peer, self.stream = router, peer, stream
+        self.extra = _behind(size)  # bytes of the step
         self.missed = 0
         self.progress, self.moved = None, time.monotonic()  # the last probe's; when it was another
 
@@ -1527,19 +1551,25 @@ class Watch:
         trip = self.router.pings.get(self.peer, 0.0)
         if (await asyncio.wait([answer], timeout=max(PROBE_SECONDS, trip)))[0]:
             return
-        before, patience = self.progress, min(max(1.0, 4 * trip), MAX_PING) + self.sending
+        before, patience = self.progress, min(max(1.0, 4 * trip), MAX_PING) + self.extra
+        stream, bytes_before = self.stream, self.stream.moved if self.stream else 0
         try:
             self.progress, self.missed = await self.router.probe(self.peer, patience), 0
         except PeerError as error:
-            self.missed += 1
-            if self.missed == 2 or not str(error).startswith("no answer"):
+            late = str(error).startswith("no answer")
+            self.missed = 0 if late and stream and stream.moved > bytes_before else self.missed + 1
+            if self.missed == 2 or not late:
                 raise PeerError(f"it fell silent ({error})", self.peer, silent=True) from error
         else:
-            self.sending /= 4  # this one came through: there cannot be so much before it
             if self.progress is None or self.progress != before:
                 self.moved = time.monotonic()
         if time.monotonic() > self.moved + STUCK_SECONDS and not answer.done():
             raise PeerError("it lives, but computes nothing", self.peer)
+
+
+def _behind(size: int) -> float:
+    """Seconds that each of two probes may wait behind a step of so many bytes, or its answer."""
+    return min(size, BUFFERED_BYTES) / SLOWEST_LINK / 2
 
 
 async def _watched(watch: Watch, answer: Any) -> Any:
@@ -1564,13 +1594,14 @@ class Hop:
         self.uid = " ".join(block_uids(router.prefix, start, end))
         self.session_id = str(uuid.uuid4())
         # while it lives
-        self.alive, self.history = False, History()
+        self.alive, self.history, self.position = False, History(), 0
         self.compression = router.compression
         self.traces: list[dict] | None = [] if router.config.trace else None  # what came with each answer
         self.sent = self.late = ""  # ids: of the last step that we sent, of the last one whose push was late
         self.unpushed = 0  # pushes in a row that did not come at all
         self.pushed_from = -math.inf  # time.monotonic() from which on steps are to be pushed to it
         self.answers: dict[str, asyncio.Future] = {}  # step id -> its answer, in the order of answers
+        self.due: dict[str, torch.Size] = {}  # of these, shapes
 
     @property
     def ours(self) -> bool:
@@ -1587,6 +1618,7 @@ class Hop:
         """The future of this server's answer to a step; the same one at every attempt."""
         if step.id not in self.answers:
             answer = self.answers[step.id] = asyncio.get_running_loop().create_future()
+            self.due[step.id] = step.hidden.shape
             answer.add_done_callback(asyncio.Future.exception)  # it may go unread
         return self.answers[step.id]
 
@@ -1630,7 +1662,8 @@ class Hop:
                 self._note_push(id, said)
                 if self.traces is not None:
                     self.traces.append(said)
-                answer.set_result(await _off_loop(_size(response), unpack, response.tensors[0]))
+                output = await _off_loop(_size(response), unpack, response.tensors[0])
+                answer.set_result(_checked(output, self.due.pop(id), self.span.peer))
         except Exception as error:
             self._fail(error)
         finally:
@@ -1690,7 +1723,7 @@ class Route:
     def fits(self, span: Span, padded: bool = True) -> bool:
         length, room, features = span.info.max_length, span.info.cache_tokens, span.info.features
         fits = length is None or length >= self.max_length
-        fits = fits and (room is None or room >= len(self.rows) * self.max_length)
+        fits = fits and (room is None or room >= len(self.rows) * -(-self.max_length // PAGE) * PAGE)
         return fits and ("left_pad" in features or not (padded and any(self.left_pad)))
 
     async def unpadded(self, position: int) -> list[Route]:
@@ -1777,15 +1810,15 @@ class Route:
                     if hop.alive and hop.span.peer == getattr(error, "peer", None):
                         hop.close()
                 if getattr(error, "silent", None):
-                    await self._leave_silent()
+                    await self._leave_silent(MAX_PING + _behind(step.hidden.nbytes))
                 what = f"blocks {self.blocks.start}:{self.blocks.stop}"
                 await self.router.before_retry(attempt, error, what)
         raise AssertionError("unreachable")
 
-    async def _leave_silent(self) -> None:
+    async def _leave_silent(self, patience: float) -> None:
         """One server fell silent: others may have too, and are found so at once, not one after the other."""
         alive = [hop for hop in self.hops if hop.alive]
-        answers = await _gather_quietly(*(self.router.probe(hop.span.peer, MAX_PING) for hop in alive))
+        answers = await _gather_quietly(*(self.router.probe(hop.span.peer, patience) for hop in alive))
         for hop, answer in zip(alive, answers, strict=True):
             if isinstance(answer, PeerError):
                 self.router.failed(hop.span.peer, f"it fell silent ({answer})")
@@ -1802,7 +1835,7 @@ class Route:
         pushes = self.config.use_server_to_server and named and small and step.prompts is None
         if not (pushes and (plain or all(hop.ours for hop in hops))):
             return await self._carry(step, hops)
-        for hop in hops[1:] if rewound else ():  # a rewind is the client's word alone
+        for hop in (hop for hop in hops[1:] if hop.position != step.start):  # a rewind is our word alone
             hop.send(Step(step.start, step.hidden[:, :0]), step.hidden[:, :0])
         answers = [hop.expect(step) for hop in hops]
         carrying = _spawn(self._carry(step, hops, chained=True))
@@ -1813,7 +1846,7 @@ class Route:
                     break
         finally:
             carrying.cancel()
-        return _checked(answers[-1].result(), step.hidden, hops[-1].span.peer)
+        return answers[-1].result()
 
     async def _carry(self, step: Step, hops: Sequence[Hop], chained: bool = False, **terms: Any) -> Tensor:
         """Take the step from server to server; returns the last one's answer. In a chain only the first is
@@ -1824,22 +1857,24 @@ class Route:
         began = time.monotonic()
         answers = [hop.expect(step) for hop in hops]
         for index, (hop, answer) in enumerate(zip(hops, answers, strict=True)):
-            watch, now = Watch(self.router, hop.span.peer), time.monotonic()
+            watch, now = Watch(self.router, hop.span.peer, size, hop.stream), time.monotonic()
             deadline = now + self.config.request_timeout + terms.get("alloc_timeout", 0.0)
             pushed = chained and index and hop.pushed_from <= began
             late = now + PUSH_SECONDS + upload / 10 if pushed else now
             while not answer.done():
                 if time.monotonic() >= late:
-                    hop.upstream, hop.late = before or hop.upstream, step.id if pushed else ""
+                    if before not in ("", hop.upstream):
+                        hop.upstream, hop.pushed_from, hop.unpushed = before, -math.inf, 0
+                    hop.late = step.id if pushed else ""
                     blocks = slice(hop.start - self.blocks.start, hop.end - self.blocks.start)
                     onward = itertools.takewhile(lambda hop: hop.pushed_from <= began, hops[index + 1 :])
                     onward = list(onward) if chained else ()
                     hop.send(step, value, _prompts_of(step.prompts, blocks), onward, **terms)
-                    late, watch.sending = math.inf, upload
+                    late = math.inf
                 await watch.look_after(answer)
                 if not answer.done() and time.monotonic() > deadline:
                     raise PeerError("it lives, but did not answer a step in time", watch.peer)
-            value, before = _checked(answer.result(), step.hidden, watch.peer), hop.span.name
+            value, before = answer.result(), hop.span.name
         return value
 
     def _commit(self, step: Step, hops: Sequence[Hop]) -> None:
@@ -1848,6 +1883,7 @@ class Route:
         source: Source = step.hidden
         for hop in hops:
             hop.history.add(step, source)
+            hop.position = step.end
             source = hop.answers[step.id]
             hop.answers = {id: answer for id, answer in hop.answers.items() if not answer.done()}
             if hop.alive:
@@ -2147,11 +2183,11 @@ class InferenceSession(transformers.Cache):
         return _put_together(step.hidden, places, outputs)
 
     async def _run_routes(self, step: Step) -> list[Tensor]:
-        shares, several = [route.share(step) for route in self._routes], len(self._routes) > 1
-        states = [route.state() for route in self._routes] if several and step.hypo_ids is not None else []
+        shares = [route.share(step) for route in self._routes]
+        states = [route.state() for route in self._routes] if step.hypo_ids is not None else []
         try:
             return await _together(map(Route.run, self._routes, shares))
-        except BaseException:  # some routes may have done it, and must not reorder their rows twice
+        except BaseException:  # routes may have done it, and must not reorder their rows twice
             for route, state in zip(self._routes, states, strict=False):
                 route.restore(state)
             raise
@@ -2384,8 +2420,8 @@ async def _request(
     request = await _off_loop(total, pack_request, uid, tensors, metadata, kind)
     size, patience = 4 * sum(tensor.numel() for tensor in due), router.config.request_timeout
     async with router.flight(total):
-        watch = Watch(router, span.peer, total / SLOWEST_LINK)
-        asked = call_large(router.swarm.p2p, span.peer, rpc, request, size, patience)
+        watch = Watch(router, span.peer, max(total, size))
+        asked = call_large(router.swarm.p2p, span.peer, rpc, request, size, patience, watch)
         response = await _watched(watch, asked)
     try:
         answer = await _off_loop(_size(response), lambda: [unpack(tensor) for tensor in response.tensors])
@@ -2394,7 +2430,7 @@ async def _request(
     if len(answer) < len(due):
         raise PeerError(f"it answered {len(answer)} tensors where {len(due)} were due", span.peer)
     router.succeeded(span.peer)
-    return [_checked(its, like, span.peer) for its, like in zip(answer, due, strict=False)]
+    return [_checked(its, like.shape, span.peer) for its, like in zip(answer, due, strict=False)]
 
 
 # ============================================================================================================
@@ -3527,7 +3563,8 @@ MAX_PUSHES, MAX_PUSH_BYTES = 16, 2**28  # held until their turn: per session, in
 MAX_PUSHING = 4  # of a session's outputs: to a next server that takes none
 MAX_SEEN = 1024  # step ids that a session remembers
 MAX_REQUEST_BYTES = 2**27  # as float32, of the hidden states of a forward or backward request of several rows
-MAX_HELD_BYTES = 2**30  # of forward and backward requests, and of sessions that wait for room, together
+MAX_HELD_BYTES = 2**30  # of forward and backward requests; and as much of sessions that wait for room
+MAX_METADATA_BYTES = 2**18
 MAX_LORA_BYTES = 2**30  # of clients' own LoRA, in all sessions together
 REQUEST_TIMEOUT = 3 * 60.0  # seconds in which a streamed request must be here, as in Petals
 
@@ -3547,6 +3584,8 @@ _METADATA_CHECKS = (  # what a request may say, and what it must be; all of it m
 
 def checked_metadata(request: ExpertRequest) -> dict:
     """A request's metadata without what is None; ValueError names what is not as it must be."""
+    size = len(request.metadata)
+    expect(size <= MAX_METADATA_BYTES, f"metadata of {MAX_METADATA_BYTES} bytes at most", size)
     metadata = {key: value for key, value in unpack_metadata(request).items() if value is not None}
     for keys, check, wanted in _METADATA_CHECKS:
         for key in keys.split():
@@ -3591,7 +3630,9 @@ class ServerSession:
         start = metadata.get("start_from_position", self.position)
         if self.push_from not in (None, sender.to_base58()):
             logger.info("session %s: dropped a push by %s, not named by its client", self.id[:8], sender)
-        elif start != self.position and (len(self.pushes) >= MAX_PUSHES or held > MAX_PUSH_BYTES):
+        elif self.tables is None or (
+            start != self.position and (len(self.pushes) >= MAX_PUSHES or held > MAX_PUSH_BYTES)
+        ):
             logger.info("session %s: dropped a push, %d are waiting", self.id[:8], len(self.pushes))
         elif metadata.get("step_id") not in self.seen:
             self.pushes[start], self.handed_on[start] = (request, metadata), asyncio.Event()
@@ -3618,6 +3659,21 @@ class ServerSession:
             self.push_from = step[1].get("push_from", self.push_from)
         return step
 
+    def passed(self, at: int) -> None:
+        """After a step that was looked at when the session stood there: no other one's turn comes there now,
+        and whoever pushed it may go on."""
+        if self.position != at:
+            self.pushes.pop(at, None)
+        if at in self.handed_on:
+            self.handed_on.pop(at).set()
+
+    def rewind(self, start: int) -> None:
+        """By the client's word. Only a push from there on may have overtaken it; others are of the past."""
+        for at in self.pushes.keys() - {start}:
+            del self.pushes[at]
+            if at in self.handed_on:
+                self.handed_on.pop(at).set()
+
     def is_new(self, step_id: str | None) -> bool:
         """Whether this step was never begun; from now on it was."""
         new = step_id not in self.seen
@@ -3639,7 +3695,7 @@ class TransformerConnectionHandler(ServicerBase):
         self.server, self.executor, self.pool = server, server.executor, server.pool
         self.uids = block_uids(server.prefix, server.span.start, server.span.stop)
         self.sessions: dict[str, ServerSession] = {}
-        self.held = 0  # bytes of such requests
+        self.held = Counter()  # bytes of each kind of request that waits or is in work
 
     # ---- checks: everything a stranger sends passes here
 
@@ -3666,7 +3722,8 @@ class TransformerConnectionHandler(ServicerBase):
         most = self.server.max_lora_rank
         own = clients_lora(metadata, tensors[first:], self.executor.places, most, blocks)
         tensors = tensors[:first]
-        expect(len(tensors) >= states, f"{states} tensors or more, hidden states first", len(tensors))
+        wanted = f"{states} to {states + 2} tensors, hidden states first"
+        expect(states <= len(tensors) <= states + 2, wanted, len(tensors))
         hidden, size = tensors[0], self.executor.hidden_size
         for tensor in tensors[:states]:
             fits = tensor.is_floating_point() and tensor.dim() == 3 and len(tensor)
@@ -3713,27 +3770,26 @@ class TransformerConnectionHandler(ServicerBase):
     async def rpc_forward(self, request: ExpertRequest, context: P2PContext) -> ExpertResponse:
         """Tensors [hidden, prompts] -> [output]; as rpc_backward [hidden, gradient, prompts] -> the gradients
         of the inputs."""
-        with self._holding(request):
+        with self._holding(request, "requests"):
             return await self._forward(request, context)
 
     @contextlib.contextmanager
-    def _holding(self, request: ExpertRequest) -> Iterator[None]:
-        """While a request waits, is computed and answered: of those there may only be so much."""
-        size = _size(request)
-        if self.held + size > MAX_HELD_BYTES:
-            raise AllocationFailed(f"no room for {size} bytes: {self.held} of {MAX_HELD_BYTES} are in work")
-        self.held += size
+    def _holding(self, request: ExpertRequest, kind: str) -> Iterator[None]:
+        """While a request waits, is computed and answered: of each kind there may only be so much."""
+        size, held = _size(request), self.held[kind]
+        if held + size > MAX_HELD_BYTES:
+            raise AllocationFailed(f"no room for {size} bytes: {held} of {MAX_HELD_BYTES} are held by {kind}")
+        self.held[kind] += size
         try:
             yield
         finally:
-            self.held -= size
+            self.held[kind] -= size
 
     @staticmethod
     @contextlib.contextmanager
-    def _ending() -> Iterator[None]:
+    def _ending(seconds: float) -> Iterator[None]:
         """A stream's limit: a client that reads no answers holds us up where no other one looks."""
-        end, task = SESSION_TIMEOUT + STEP_TIMEOUT, asyncio.current_task()
-        timer = asyncio.get_running_loop().call_later(end, task.cancel)
+        timer = asyncio.get_running_loop().call_later(seconds, asyncio.current_task().cancel)
         try:
             yield
         finally:
@@ -3758,7 +3814,7 @@ class TransformerConnectionHandler(ServicerBase):
         wanted = f"expected the whole request within {REQUEST_TIMEOUT:g} s"
         with _failing_as(ValueError, wanted, asyncio.TimeoutError):
             request = await _at_most(REQUEST_TIMEOUT, join_messages(requests))
-        with self._ending(), self._holding(request):
+        with self._ending(2 * REQUEST_TIMEOUT), self._holding(request, "requests"):
             for part in split_message(await self._forward(request, context)):
                 yield part
 
@@ -3793,17 +3849,17 @@ class TransformerConnectionHandler(ServicerBase):
         expect(session.id not in self.sessions, "a session_id of its own", session.id)
         self.sessions[session.id] = session
         try:
-            with self._holding(request):
+            with self._holding(request, "sessions that wait"):
                 pages = await self.pool.take(rows, length, min(patience, STEP_TIMEOUT))
             session.tables = RowTables(self.pool, pages, metadata.get("left_pad", ()))
-            del request
-            with self._ending():
+            del request, metadata
+            with self._ending(SESSION_TIMEOUT + STEP_TIMEOUT):
                 while step is not None:
                     at = session.position
                     if session.is_new(step[1].get("step_id")):
                         yield await self._infer(session, *step)
-                    if at in session.handed_on:
-                        session.handed_on.pop(at).set()
+                    session.passed(at)
+                    step = None  # it may be long until the next one
                     step = await session.next()
         finally:
             del self.sessions[session.id]
@@ -3830,6 +3886,8 @@ class TransformerConnectionHandler(ServicerBase):
         expect(fits, f"hypo_ids: {rows} of 0 to {rows - 1}", order)
         start = metadata.get("start_from_position", session.position)
         expect(start <= session.position, f"start_from_position up to {session.position}", start)
+        if start < session.position:
+            session.rewind(start)
         end = start + hidden.shape[1]
         expect(end <= room, f"at most {room} tokens (max_length)", f"{start} + {hidden.shape[1]}")
         if own:
@@ -3987,7 +4045,7 @@ class Server:
             info.quant_type = self.quant_type
             info.using_relay, info.max_length, info.max_lora_rank = False, self.max_length, self.max_lora_rank
             info.features = [name for name in FEATURES if name != "lora" or self.max_lora_rank]
-            info.cache_tokens = self.attn_cache_tokens
+            info.cache_tokens = max(1, self.attn_cache_tokens // PAGE) * PAGE
             wire().call(self._announce())
             self._announcing = asyncio.run_coroutine_threadsafe(self._keep_announcing(), wire().loop)
             blocks = {}

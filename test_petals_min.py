@@ -1167,6 +1167,17 @@ def test_a_failing_server_is_left_alone_for_a_while_and_used_again_where_there_i
     assert chosen() in (0, 1)  # both are banned: better them than nobody
     router.succeeded(PEERS[0])
     assert chosen() == 0
+    for _ in range(8):  # sessions that lose it at the same time: one failure
+        router.failed(PEERS[0], "it broke")
+    now[0] += 11
+    assert chosen() == 0
+
+
+def test_a_server_that_cannot_hold_the_session_is_not_asked():
+    """Each row takes whole pages."""
+    router = router_of(table_of(2, a0=(0, 2, {"cache_tokens": 64, "max_length": 64})))
+    for rows, length, fits in ((4, 16, True), (3, 17, False), (2, 32, True), (1, 65, False), (1, 64, True)):
+        assert pm.Route(router, range(2), range(rows), length).fits(router.spans[0]) == fits
 
 
 @pytest.mark.parametrize(
@@ -3009,12 +3020,56 @@ def test_a_push_from_anyone_but_the_named_peer_is_dropped(recorded_servers):
     alice.call("rpc_push", request("c", 6, pushed=True))  # the named peer's is run
     assert tensors_of(alice.receive(0))[0].shape == (1, 3, 32) and server.handler.sessions["s1"].position == 9
     alice.call("rpc_push", request("d", 3, pushed=True))  # but rewinds nothing either
+    assert list(server.handler.sessions["s1"].pushes) == [3]  # it may have overtaken its client's rewind
     alice.send(0, request("e", 0))
     same_answer(alice.receive(0), first)
+    alice.send(0, request("f", 3))  # which was another one: this is the answer to f, d is forgotten
+    assert len(tensors_of(alice.receive(0))) == 1 and server.handler.sessions["s1"].position == 6
+    assert server.handler.sessions["s1"].pushes == {} == server.handler.sessions["s1"].handed_on
     alice.send(0, ExpertRequest())
     free_again(server)
     alice.close()
     mallory.close()
+
+
+def test_pushes_whose_turn_is_over_or_has_not_begun_are_not_kept(recorded_servers, monkeypatch):
+    """A session that waits for room takes none; in one that computes, those for the place where it stands are
+    dropped when it has moved on."""
+    server, go_on = recorded_servers["0:2"], threading.Event()
+    stranger, uid = Stranger(server_addresses(server), str(server.swarm.peer_id)), f"{PREFIX}.0 {PREFIX}.1"
+    block, terms = server.executor.blocks[1], {"max_length": 64, "points": 0.0, "alloc_timeout": PATIENCE}
+
+    def request(session: str, step: str, at: int, **more):
+        fields = {"session_id": session, "step_id": step, "start_from_position": at, **more}
+        return pm.pack_request(uid, [torch.randn(1, 1, 32), pm.NOTHING, pm.NO_IDS], fields)
+
+    def held(*given: object) -> torch.Tensor:
+        go_on.wait(PATIENCE)
+        return block(*given)
+
+    all_pages = pm.wire().call(server.pool.take(1, server.pool.tokens_left, 1))
+    stranger.send(0, request("queue", "0", 0, **terms))
+    until(lambda: server.pool.waiting, what="the queue")
+    for number in range(3):
+        stranger.call("rpc_push", request("queue", f"early{number}", number, pushed=True))
+    session = server.handler.sessions["queue"]
+    assert session.pushes == {} == session.handed_on
+    pm.wire().soon(server.pool.give_back, all_pages)
+    stranger.receive(0)
+    monkeypatch.setitem(server.executor.blocks, 1, held)
+    for at in range(1, 4):
+        go_on.clear()
+        stranger.send(0, request("queue", f"{at}", at))
+        until(lambda: server.executor.busy, what="the step")
+        for number in range(4):
+            stranger.call("rpc_push", request("queue", f"foreign{at}.{number}", at, pushed=True))
+        assert list(session.pushes) == [at]
+        go_on.set()
+        stranger.receive(0)
+    until(lambda: session.pushes == {} == session.handed_on, what="an end of what was pushed")
+    assert session.position == 4
+    stranger.close()
+    free_again(server)
 
 
 def test_what_a_stranger_sends_is_checked(recorded_servers, monkeypatch):
@@ -3067,7 +3122,8 @@ def test_what_a_stranger_sends_is_checked(recorded_servers, monkeypatch):
     with pytest.raises(Exception, match=f"no room for {good.nbytes} bytes: 0 of"):
         stranger.call("rpc_forward", ask(uid, [good], {}))
     assert f"no room for {good.nbytes} bytes: 0 of" in refused(40, ask(uid, [good, *absent], terms))
-    assert stranger.call("rpc_forward", ask(uid, [good[:1]], {})).tensors and server.handler.held == 0
+    assert stranger.call("rpc_forward", ask(uid, [good[:1]], {})).tensors
+    assert set(server.handler.held.values()) == {0}
     huge = runtime_pb2.Tensor(buffer=b"", size=[2**30, 2**20, 32], dtype="float32")
     assert "bytes" in refused(
         11, ExpertRequest(uid=uid, tensors=[huge], metadata=ask(uid, [], terms).metadata)
@@ -5437,6 +5493,37 @@ def test_servers_that_lose_each_other_but_not_the_client(faults, model):
         actual, seconds = steps(session, faults.net.cut)
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
     assert pm.PUSH_SECONDS < seconds[0] < 3 and max(seconds[1:]) < pm.PUSH_SECONDS / 2
+
+
+def test_a_large_step_to_a_frozen_server_and_over_a_slow_link(faults, model):
+    """The first is lost as soon as for a token; the second takes long, but blames nobody."""
+    hidden = torch.randn(8, 1000, 48)  # 1.5 MB
+    with model.inference_session(max_length=1000) as session:
+        expected = session.step(hidden)
+    with model.inference_session(max_length=1000) as session:
+        session.step(hidden[:, :0])
+        faults.freeze(faults.host_of[session.route[0].name])
+        began = time.monotonic()
+        torch.testing.assert_close(session.step(hidden), expected, atol=1e-4, rtol=1e-4)
+        assert time.monotonic() - began < STALL["freeze"]
+    if faults.net is None:
+        pytest.skip("slow links need root and network namespaces")
+    faults.settle(model)
+    with model.inference_session(max_length=1000) as session:
+        session.step(hidden[:, :0])
+        faults.net.set_rate("client", 3)  # Mbit/s
+        try:
+            began = time.monotonic()
+            torch.testing.assert_close(session.step(hidden), expected, atol=1e-4, rtol=1e-4)
+            assert time.monotonic() - began > 6 and not model.remote.router.bans
+        finally:
+            faults.net.set_rate("client", None)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_the_loss_of_the_first_and_of_the_last_server(faults, model, reference, place):
+    ids, stall = disturbed(faults, model, "greedy", place, "crash")
+    assert ids == undisturbed(reference, "greedy") and stall < STALL["crash"]
 
 
 @pytest.mark.parametrize("moment", ["connect", "replay"])
