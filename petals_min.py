@@ -422,7 +422,8 @@ def default_prefix(config: PretrainedConfig, model_name: str) -> str:
 class ClientConfig:
     """What a user may set per model, as keywords of `from_pretrained`; kept on `model.config`. Times in s."""
 
-    initial_peers: Sequence[str] = PUBLIC_INITIAL_PEERS
+    initial_peers: Sequence[str] = PUBLIC_INITIAL_PEERS  # multiaddrs
+    daemon_startup_timeout: float = 30  # of libp2p
     dht_prefix: str | None = None
     allowed_servers: Sequence[str] | None = None  # peer ids; nobody else is used
     blocked_servers: Sequence[str] | None = None  # peer ids or public names
@@ -432,6 +433,8 @@ class ClientConfig:
     compression: str | None = None
     show_route: bool | str = "inference"  # log routes: of "inference" sessions, True: all, False: none
     trace: bool = False  # measure where each step's time goes: `session.trace`
+    max_pinged: int = 32  # servers whose round trip is measured at one reading of the directory
+    ping_timeout: float = 2
     connect_timeout: float = 5
     request_timeout: float = 3 * 60
     alloc_timeout: float = 60  # how long a server may queue us for room in its cache
@@ -456,6 +459,8 @@ class ClientConfig:
         """Set each field on a transformers config: from `kwargs` (taken out), else as it is, else ours."""
         for name, ours in vars(self).items():
             setattr(config, name, kwargs.pop(name, getattr(config, name, ours)))
+        peers = config.initial_peers
+        config.initial_peers = list(map(str, [peers] if isinstance(peers, str) else peers))
         return config
 
 
@@ -491,7 +496,7 @@ class Checkpoint:
     """A directory or hub repository of safetensors, read tensor by tensor. Any thread, one at a time."""
 
     def __init__(self, name: str, single: str = "model.safetensors", **hub: Any):
-        """`hub`: token, revision, cache_dir, as huggingface_hub takes them. single: the file's name where all
+        """`hub`: those of HUB, as transformers takes them. single: the file's name where all
         is in one."""
         self.name, self.hub = str(name), {key: value for key, value in hub.items() if value is not None}
         self._opened: dict[str, Any] = {}
@@ -548,13 +553,26 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "petals_min")
 
 
+HUB = (
+    "token",
+    "revision",
+    "cache_dir",
+    "local_files_only",
+    "subfolder",
+)  # where a model is, as hub clients say
+
+
 def load_config(name: str, kwargs: dict) -> PretrainedConfig:
     """The model's config with the client's fields; what `kwargs` has for a field is taken out of it."""
-    hub = {key: kwargs[key] for key in ("token", "revision", "cache_dir") if kwargs.get(key) is not None}
+    hub = {key: kwargs[key] for key in HUB if kwargs.get(key) is not None}
     wanted = f" (expected a directory with config.json or a hub repository in reach, of type {SUPPORTED})"
     with _failing_as(UserError, f"no model at {name!r} that I can use", (OSError, ValueError), wanted):
         config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(name, **hub)
     family_of(config)
+    advice = "take the plain one; servers make weights smaller by --quant_type"
+    _require(
+        not getattr(config, "quantization_config", None), f"{name!r} is a quantized checkpoint: {advice}"
+    )
     for key in kwargs.keys() - {"dtype", "torch_dtype"}:  # theirs depend on the checkpoint
         if hasattr(config, key):
             setattr(config, key, kwargs.pop(key))
@@ -843,10 +861,10 @@ class Swarm:
         """Start a host and a node. UserError if none of the initial peers (multiaddrs ending in /p2p/ID)
         answers."""
         wanted, peers = "/ip4/HOST/tcp/PORT/p2p/PEER_ID", list(initial_peers)
-        with _failing_as(UserError, f"--initial_peers: {peers} are not multiaddrs like {wanted}"):
+        with _failing_as(UserError, f"initial_peers: {peers} are not multiaddrs like {wanted}"):
             bootstrap = [PeerID.from_base58(Multiaddr(address)["p2p"]) for address in peers]
         places = ", ".join([*peers, *(options.get("host_maddrs") or [])])
-        options |= {"num_workers": 32, "startup_timeout": 30, "ensure_bootstrap_success": False}
+        options = {"num_workers": 32, "startup_timeout": 30, "ensure_bootstrap_success": False} | options
         try:
             node = await DHTNode.create(initial_peers=peers, **options)
         except Exception as error:
@@ -892,7 +910,8 @@ class Swarm:
         with wire().joining:
             swarm = swarms.get(key)
             if swarm is None:
-                join = Swarm.borrow(dht) if dht else Swarm.join(config.initial_peers, client_mode=True)
+                options = {"client_mode": True, "startup_timeout": config.daemon_startup_timeout}
+                join = Swarm.borrow(dht) if dht else Swarm.join(config.initial_peers, **options)
                 swarm = swarms[key] = wire().call(join)
             return swarm
 
@@ -1118,7 +1137,6 @@ def worst_blocks(table: list[dict[PeerID, ServerInfo]], count: int) -> range:
 DEFAULT_RPS = 300.0  # tokens/s per block where a server does not say (Petals' default_inference_rps)
 DEFAULT_PING = 0.05  # seconds of round trip where nobody has measured one
 HOP_SECONDS = 0.002  # what one more server costs besides the network: two hand-offs and the (de)serialization
-MAX_PINGED = 32  # servers whose round trip is measured at one reading of the directory
 SLOW_PING = 0.008  # seconds of round trip from which on a link is slow: compression may help
 MAX_PING = 2.0  # seconds: the round trip of a server that did not answer a ping
 PING_SECONDS = 0.5  # for which the first reading waits for round trips
@@ -1176,14 +1194,16 @@ class Router:
         gone = [peer for peer in self.bans.keys() - set(peers) if self.bans[peer][0] < time.monotonic()]
         for peer in gone:
             del self.bans[peer]
-        some = random.sample(peers, min(MAX_PINGED, len(peers)))
+        some = random.sample(peers, min(self.config.max_pinged, len(peers)))
         measuring = _spawn(_gather_quietly(*map(self._measure, some)))
         if self.updated == -math.inf:  # no round trip is known yet: give those that are near a moment
             await asyncio.wait([measuring], timeout=PING_SECONDS)
         self.updated = time.monotonic()
 
     async def _measure(self, peer: PeerID) -> None:
-        seconds = min(await self.swarm.ping(peer), MAX_PING)  # one that does not answer is far
+        seconds = min(
+            await self.swarm.ping(peer, self.config.ping_timeout), MAX_PING
+        )  # one that does not answer is far
         old = self.pings.get(peer, MAX_PING)
         self.pings[peer] = seconds if old == MAX_PING else 0.8 * old + 0.2 * seconds
 
@@ -1282,6 +1302,16 @@ class Router:
         now = time.monotonic()
         good = [span for span in filter(needs, self.spans) if self.bans.get(span.peer, (0.0,))[0] <= now]
         return all(any(span.start <= index < span.end for span in good) for index in range(start, end))
+
+    async def longest(self, blocks: range, rows: int) -> float:
+        """Tokens of each row of the longest session that servers of these blocks say they take."""
+        await self.refresh(self.config.update_period, wait=False)
+        takes = {}
+        for span in self.spans:
+            room = (span.info.cache_tokens or math.inf) // rows // PAGE * PAGE
+            takes[span] = min(span.info.max_length or math.inf, room)
+        here = ([most for span, most in takes.items() if span.start <= i < span.end] for i in blocks)
+        return min(max(each, default=math.inf) for each in here)
 
     def _asked(self) -> str:
         """What we ask for that servers may lack, and what they have of it."""
@@ -2010,16 +2040,18 @@ class InferenceSession(transformers.Cache):
     session: `step`, `position`, `max_length`, `close`, a context manager. Public methods may be called from
     any thread, one at a time. Nothing is opened before the first step; the batch size is the first step's.
 
-    max_length: tokens per row that the servers reserve room for; None: what the first `generate` needs, 2048
-    at most where a step comes first. left_pad: for each row, how many of the first tokens are padding, which
-    no server computes (PROTOCOL.md, "What petals_min adds").
+    max_length: tokens per row that the servers reserve room for; None: what a `generate` or step needs, and
+    some ahead; then the session grows with the text, which rebuilds its caches now and then. left_pad: for
+    each row, how many of the first tokens are padding, which no server computes (PROTOCOL.md, "What
+    petals_min adds").
     """
 
     def __init__(self, layers: RemoteSequential, max_length: int | None = None, left_pad: Sequence[int] = ()):
         super().__init__(layers=[])
         # fixed when opened
         self.router, self.config, self.blocks = layers.router, layers.config, layers.blocks
-        self.max_length, self.left_pad = max_length, list(left_pad)
+        self.max_length, self.left_pad, self._grows = max_length, list(left_pad), max_length is None
+        self.spare = 0  # tokens beyond: prompt lookup tries them and takes them back
         self.own = [_on_cpu(tensor, torch.float32) for tensor in layers.own_lora()]  # as it is now
         self.batch_size_: int | None = None
         # between steps; a step that succeeds sets the first two, in the wire thread
@@ -2029,7 +2061,7 @@ class InferenceSession(transformers.Cache):
         # since position 0: the rows may then differ from the text that `generate` returned
         self.reordered = False
         self.output_ids: Tensor | None = None  # [B, tokens] of the `generate` calls so far
-        self._active, self._tokens = layers.active_session, []
+        self._active, self._tokens = layers._active, []
         self._seconds: list[float] = []  # of each step, if the config says `trace`
         # owned by the wire thread
         self._lock = asyncio.Lock()
@@ -2066,6 +2098,9 @@ class InferenceSession(transformers.Cache):
         raise UserError("a session keeps its batch size while it holds tokens; repeat or select the inputs")
 
     batch_repeat_interleave = batch_select_indices
+
+    def __deepcopy__(self, memo: dict) -> None:
+        raise UserError("a session cannot be copied; rewind it: session.position = …")
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -2125,14 +2160,16 @@ class InferenceSession(transformers.Cache):
         if hidden.ndim == 3:
             self._start_over_unless(len(hidden))
         _check(self.config, self.blocks, hidden, prompts, self.left_pad)
-        self.max_length = self.max_length or min(2048, getattr(self.config, "max_position_embeddings", 2048))
-        T, past, most = hidden.shape[1], self._position, self.max_length
-        _require(past + T <= most, f"prefix {past} + current {T} exceeds pre-allocated maximum {most} tokens")
-        rows, ids = len(hidden), _on_cpu(hypo_ids, torch.int64)
+        rows, T, past, ids = len(hidden), hidden.shape[1], self._position, _on_cpu(hypo_ids, torch.int64)
+        usual = min(2048, getattr(self.config, "max_position_embeddings", 2048))
+        self.reserve(past + T, usual - past - T, rows)
+        text = f"prefix {past} + current {T} exceeds pre-allocated maximum {self.max_length} tokens"
+        text += ": open a session with model.inference_session(max_length=…)"
+        _require(past + T <= self.max_length + self.spare, text)
         fits = ids is None or (ids.shape == (rows,) and ids.min() >= 0 and ids.max() < rows)
         _require(fits, f"hypo_ids {ids}: expected [B] of rows 0 to {rows - 1}")
         order = _then(self._reorder, ids)
-        if order is not None and torch.equal(order, torch.arange(len(order))):
+        if order is not None and order.tolist() == list(range(len(order))):
             order = None
         step = Step(past, _on_cpu(hidden), _on_cpu(prompts, hidden.dtype), order)
         self.batch_size_, began = len(hidden), time.perf_counter()
@@ -2140,6 +2177,14 @@ class InferenceSession(transformers.Cache):
         if self.config.trace:
             self._seconds.append(time.perf_counter() - began)
         return output
+
+    def reserve(self, tokens: int, ahead: int, rows: int) -> None:
+        """Where nobody chose a length: see to it that there is room for so many tokens, and for some ahead of
+        them as far as servers take so many."""
+        if self._grows and tokens > (self.max_length or -1):
+            ahead = max(ahead, tokens if self.max_length else 0)
+            most = wire().call(self.router.longest(self.blocks, rows))
+            self.max_length = int(max(tokens, min(tokens + ahead, most)))
 
     def _start_over_unless(self, rows: int) -> None:
         """With another batch size than its own a session starts over at position 0."""
@@ -2164,14 +2209,18 @@ class InferenceSession(transformers.Cache):
     async def _run(self, step: Step) -> Tensor:
         async with self._lock:
             _require(not self.closed, CLOSED)
-            terms = (len(step.hidden), tuple(self.left_pad))
+            terms, most = (len(step.hidden), tuple(self.left_pad)), self.max_length + self.spare
             # a padded session that starts over may have had its rows reordered
             over = any(self.left_pad) and not step.start and any(route.position for route in self._routes)
             if over or terms != self._terms:  # the caches are empty: `step` and `set_left_pad` saw to it
                 _close_all(self._routes)
                 rows, self._terms = range(len(step.hidden)), terms
-                route = Route(self.router, self.blocks, rows, self.max_length, self.left_pad, own=self.own)
+                route = Route(self.router, self.blocks, rows, most, self.left_pad, own=self.own)
                 self._routes[:] = [route]
+            for route in self._routes:
+                if route.max_length + route.skip < most:  # to servers that are told so
+                    route.max_length = most - route.skip
+                    route.restore(route.state())
             try:
                 outputs = await self._run_routes(step)
             except PaddingError:
@@ -2212,15 +2261,15 @@ class RemoteSequential(nn.Module):
     gives single blocks.
     """
 
-    def __init__(self, config: PretrainedConfig, *, dht: Any = None, start: int = 0, end: int | None = None):
+    def __init__(self, config: PretrainedConfig, *, dht: Any = None, start_block=0, end_block=None):
         super().__init__()
-        self.config, self.blocks = config, range(num_blocks(config))[start:end]
+        self.config, self.blocks = config, range(num_blocks(config))[start_block:end_block]
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self._add_lora()
         # shared with slices, which are shallow copies
         self._dht, self._opening = dht, threading.Lock()
         self._routers: list[Router] = []  # one, once it is needed
-        self.active_session = contextvars.ContextVar("active_session", default=None)
+        self._active = contextvars.ContextVar("active_session", default=None)
 
     @property
     def router(self) -> Router:
@@ -2266,6 +2315,20 @@ class RemoteSequential(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.config.dht_prefix}, remote blocks {self.blocks.start}:{self.blocks.stop}"
 
+    @property
+    def active_session(self) -> InferenceSession | None:
+        """The session of the innermost `with`, of this thread or task."""
+        return self._active.get()
+
+    @contextlib.contextmanager
+    def use_session(self, session: InferenceSession | None) -> Iterator[InferenceSession | None]:
+        """Meanwhile calls go through this session (None: none). It stays open."""
+        token = self._active.set(session)
+        try:
+            yield session
+        finally:
+            self._active.reset(token)
+
     def inference_session(self, max_length: int | None = None, **kwargs: Any) -> InferenceSession:
         """A session over these blocks for at most `max_length` tokens per row."""
         return InferenceSession(self, max_length, **kwargs)
@@ -2273,7 +2336,7 @@ class RemoteSequential(nn.Module):
     def forward(self, hidden: Tensor, prompts: Tensor | None = None, left_pad: Sequence[int] = ()) -> Tensor:
         """[B, T, H] -> [B, T, H]. prompts: [blocks, B or 1, P, H], added to the first P positions of each
         block's input. left_pad: per row, how many tokens at the left are padding; they come back as zeros."""
-        session = self.active_session.get()
+        session = self.active_session
         if session is not None and session.blocks == self.blocks:
             return session.step(hidden, prompts)
         _check(self.config, self.blocks, hidden, prompts, left_pad)
@@ -2468,8 +2531,9 @@ class _Distributed:
         name = os.fspath(model_name_or_path)
         dtype = parse_dtype(kwargs.pop("dtype", kwargs.pop("torch_dtype", None))) or "auto"
         config, ours = load_config(name, kwargs), cls.config_class.model_type
+        given = kwargs.get("generation_config")
         _require(config.model_type == ours, f"{name!r} is a {config.model_type}: {cls.__name__} loads {ours}")
-        hub = {key: kwargs.pop(key, None) for key in ("token", "revision", "cache_dir")}
+        hub = {key: value for key in HUB if (value := kwargs.pop(key, None)) is not None}
         with torch.device("meta"):
             wanted = cls(config).state_dict()
         sources = list(filter(None, (config.base_model_name_or_path, name)))
@@ -2482,7 +2546,7 @@ class _Distributed:
         loaded = super().from_pretrained(None, *args, **how, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
         model.config.name_or_path = name
-        if model.can_generate():
+        if model.can_generate() and not given:
             with contextlib.suppress(OSError):  # many models have no generation_config.json
                 model.generation_config = transformers.GenerationConfig.from_pretrained(name, **hub)
         for name, parameter in model.named_parameters():  # only these are trained, as in Petals
@@ -2557,14 +2621,15 @@ class _Base(_Distributed):
         extras = ("output_attentions", "output_hidden_states", "output_router_logits")
         asked = [name for name in extras if given.get(name, getattr(self.config, name, False))]
         _require(not asked, f"{asked} stay on the servers; layers[:k] computes the hidden states of block k")
-        session = _as_session(past_key_values) or layers.active_session.get()
+        session = _as_session(past_key_values) or layers.active_session
         if session is None and given.get("use_cache"):
             session = layers.inference_session()
         hidden = self.get_input_embeddings()(input_ids) if embeds is None else embeds
         past, begins, deep, P = 0, True, None, 0
         if session is not None:
             ours = layers.blocks
-            _require(session.blocks == ours, f"a session of {session.blocks}: this takes one of {ours}")
+            fits = session.blocks == ours and session.router is layers.router
+            _require(fits, f"{session!r}: expected one of {layers.extra_repr()}, of this model")
             session._start_over_unless(len(hidden))
             past, begins = session.get_seq_length(), not session.position
         left_pad = _left_pad(attention_mask, position_ids, hidden, past)
@@ -2587,12 +2652,15 @@ def _left_pad(mask: Tensor | None, position_ids: Tensor | None, hidden: Tensor, 
     """How many tokens each row of a 0/1 mask [B, past + T] has before its first 1. Zeros at the right end
     need nothing (attention is causal). UserError for zeros inside a row, and for positions that skip or
     repeat some."""
-    due, places = (len(hidden), past + hidden.shape[1]), torch.arange(past + hidden.shape[1])
-    ones = torch.ones(due, dtype=torch.bool) if mask is None else mask.to("cpu").bool()
+    due, places = (len(hidden), past + hidden.shape[1]), torch.arange(past + hidden.shape[1], device="cpu")
+    ones = torch.ones(due, dtype=torch.bool, device="cpu") if mask is None else mask.to("cpu").bool()
     _require(ones.shape == due, f"attention_mask is {tuple(ones.shape)}, expected {due} of zeros and ones")
     first, count = (ones.cumsum(1) == 0).sum(1, keepdim=True), ones.sum(1, keepdim=True)
     whole = torch.equal(ones, (places >= first) & (places < first + count)) and (mask is None or count.all())
-    _require(whole, "attention_mask: expected rows of zeros, then ones, then zeros (left, right padding)")
+    _require(
+        whole,
+        "attention_mask: expected rows of zeros, ones, zeros (padding left and right; left for generate)",
+    )
     if position_ids is not None:
         given, plain = position_ids.to("cpu"), places[past:]
         ways = plain, (plain - first).clamp(min=0)
@@ -2611,9 +2679,13 @@ class _CausalLM(_Distributed):
         nothing new), and only what this call adds is returned. Else a session is opened for this call and
         closed after it."""
         inputs = kwargs.pop("input_ids", inputs)
+        named = kwargs.pop("cache_implementation", None)
+        _require(named is None, f"cache_implementation {named!r}: a model.inference_session() is the cache")
+        if self.generation_config.cache_implementation is not None:  # of its checkpoint
+            self.generation_config.cache_implementation = None
         kwargs["use_cache"] = True  # whatever was asked for: the servers' cache costs the client nothing
         cache, embeds = _as_session(kwargs.pop("past_key_values", None)), kwargs.get("inputs_embeds")
-        session, seen = cache or session or self.remote.active_session.get(), 0
+        session, seen = cache or session or self.remote.active_session, 0
         fits = embeds is None or session is None or not session.position
         _require(fits, "inputs_embeds: only a session at position 0 can begin with them; give ids")
         with contextlib.ExitStack() as ours:
@@ -2622,7 +2694,8 @@ class _CausalLM(_Distributed):
             elif cache is None:  # with past_key_values= the inputs are the whole text, as transformers has it
                 inputs, seen = self._resume(session, inputs, kwargs)
             try:
-                result = super().generate(inputs, *args, past_key_values=session, **kwargs)
+                with self.remote.use_session(None):  # what else calls the model meanwhile is another text
+                    result = super().generate(inputs, *args, past_key_values=session, **kwargs)
             except BaseException:
                 if cache is None and session.output_ids is not None:  # what it left in the caches goes
                     session.keep(min(session.get_seq_length(), session.output_ids.shape[1]))
@@ -2672,11 +2745,11 @@ class _CausalLM(_Distributed):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        session, max_cache_length = model_kwargs["past_key_values"], args[-1]
-        # prompt lookup may look past the end of the text; an assistant is called again and again
+        session, (*_, batch_size, max_cache_length) = model_kwargs["past_key_values"], args
+        session.spare = generation_config.prompt_lookup_num_tokens or 0
+        # an assistant is called again and again
         ahead = 2048 if getattr(generation_config, "is_assistant", False) else 0
-        ahead += (generation_config.prompt_lookup_num_tokens or 0) + self.config.pre_seq_len
-        session.max_length = session.max_length or max_cache_length + 1 + ahead
+        session.reserve(max_cache_length + 1 + self.config.pre_seq_len, ahead, batch_size)
 
 
 _KINDS = {"Model": _Base, "ForCausalLM": _CausalLM, "ForSequenceClassification": _Distributed}
@@ -2705,7 +2778,7 @@ def __getattr__(name: str) -> Any:
 
 class AutoDistributedConfig:
     @staticmethod
-    def from_pretrained(model_name_or_path: str | os.PathLike, **kwargs: Any) -> PretrainedConfig:
+    def from_pretrained(model_name_or_path: str | os.PathLike, *_: Any, **kwargs: Any) -> PretrainedConfig:
         """transformers' config of a supported model with the fields of `ClientConfig` on it."""
         return load_config(os.fspath(model_name_or_path), kwargs)
 
@@ -2906,6 +2979,10 @@ def _read_weights(
                 places = _as_fused(spec, whole)
                 sources = next(sources).split([len(place) for place in places])
         for place, source in zip(places, sources, strict=True):
+            plain = source.dtype in (torch.float32, torch.float16, torch.bfloat16)
+            _require(
+                plain, f"{checkpoint.name!r}, block {index}: {source.dtype} weights, expected plain floats"
+            )
             place.copy_(source)
         whole = whole.unflatten(0, (experts, -1)) if experts else whole
         quantize = kind != "none" and ours + end in MATRICES
@@ -4176,7 +4253,6 @@ def _key_or_place(name: str) -> Any:
     return PeerID.from_identity(path.read_bytes()) if path.exists() else path.resolve().parent.is_dir()
 
 
-_HUB = "token", "revision", "cache_dir"
 _COUNTS = "--num_blocks --attn_cache_tokens --inference_max_length --max_new_tokens --max_length --servers"
 _SWITCHES = "--new_swarm --greedy --json"
 _TYPES = (  # flags; what is expected of their text, what converts it, what then holds. Others take any text.
@@ -4226,7 +4302,10 @@ def _listening(port: int = 0, public_ip: str | None = None, **options: Any) -> d
     """hivemind's options in place of Petals' --port and --public_ip; the other options stay. UserError if
     somebody listens on such a port: libp2p would share it, and each connection would reach either by
     chance."""
-    if public_ip and "announce_maddrs" not in options:
+    for one, other in ((port, "host_maddrs"), (public_ip, "announce_maddrs")):
+        if one and other in options:
+            raise UserError(f"give either --{other} or, for short, --port and --public_ip")
+    if public_ip:
         if not port:
             raise UserError("--public_ip needs --port: the port under which others reach this machine")
         options["announce_maddrs"] = [f"/ip4/{public_ip}/tcp/{port}"]
@@ -4278,10 +4357,12 @@ def run_serve(model: str, new_swarm: bool = False, initial_peers: Sequence[str] 
     _end_on_signals()
     if new_swarm and initial_peers:
         raise UserError("give either --new_swarm or --initial_peers")
+    if {"block_indices", "num_blocks"} <= options.keys():
+        raise UserError("give either --block_indices or --num_blocks")
     peers = [] if new_swarm else (initial_peers or PUBLIC_INITIAL_PEERS)
     same = _some(options, ["dht_prefix", "revision"]).items()
     words = ["serve", model, *itertools.chain.from_iterable((f"--{name}", text) for name, text in same)]
-    hub = {name: options.pop(name) for name in _some(options, _HUB)}
+    hub = {name: options.pop(name) for name in _some(options, HUB)}
     server = Server(model, initial_peers=peers, hub=hub, **_listening(**options))
     try:
         bar = functools.partial(tqdm, desc="loading blocks", unit="block", file=sys.stderr)
@@ -4321,12 +4402,13 @@ def _load_client(name: str, greedy: bool = False, seed: int | None = None, **opt
     transformers.utils.logging.set_tqdm_hook(_no_bar)
     choices = {"max_new_tokens": 128, "temperature": 0.7, "top_p": 0.9, "do_sample": not greedy}
     choices |= {name: options.pop(name) for name in _some(options, choices)}
+    choices |= {"num_beams": 1, "num_return_sequences": 1}  # one text, as it comes
     model = AutoDistributedModelForCausalLM.from_pretrained(name, max_retries=2, **options)
     model.generation_config.update(**choices)
     if seed is not None:
         torch.manual_seed(seed)
     try:
-        return model, transformers.AutoTokenizer.from_pretrained(name, **_some(options, _HUB))
+        return model, transformers.AutoTokenizer.from_pretrained(name, **_some(options, HUB))
     except Exception as error:  # transformers raises many kinds
         raise UserError(f"{name!r} has no tokenizer that can be read: {_first_line(error)}") from error
 
@@ -4461,7 +4543,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.pop("function")(**options)
     except BrokenPipeError:  # whoever read our output has left; what is still in its buffer must go somewhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except (PetalsError, OSError) as error:
+    except (PetalsError, OSError, ValueError) as error:  # transformers says by these what it cannot do
         _say("petals-min: " + " ".join(str(error).split()))
         return 2
     except _Terminated:

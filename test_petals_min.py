@@ -1537,6 +1537,141 @@ def test_the_cache_that_generate_returns_is_alive(llama):
     assert copy.deepcopy(llama.model).remote.router is llama.model.remote.router
 
 
+@torch.no_grad()
+def test_a_petals_script_moves_over(llama):
+    """Petals' names: of its config's fields, of RemoteSequential's arguments, of sessions in use. Addresses
+    as strings, one string, or as hivemind gives them."""
+    for peers in (llama.initial_peers[0], [pm.Multiaddr(address) for address in llama.initial_peers]):
+        model = pm.AutoDistributedModelForCausalLM.from_pretrained(
+            llama.path, initial_peers=peers, daemon_startup_timeout=60, max_pinged=3, ping_timeout=2
+        )
+        assert model.config.initial_peers == llama.initial_peers[:1]
+    ids = some_ids(1, 6)
+    part = pm.RemoteSequential(model.config, start_block=1, end_block=3)
+    hidden = through(llama.reference.model, model.transformer.word_embeddings(ids))
+    assert part(hidden).shape == hidden.shape and len(part) == 2 and part.blocks == range(1, 3)
+    session = model.inference_session(max_length=20)
+    for new in (4, 5):
+        with model.transformer.h.use_session(session) as active:
+            assert model.transformer.h.active_session is active is session
+            greedy(model, ids if new == 4 else None, new=new)
+    assert session.output_ids.tolist() == greedy(llama.reference, ids, new=9)
+    assert model.transformer.h.active_session is None and not session.closed
+    with pytest.raises(ValueError, match="cannot be copied; rewind it"):
+        copy.deepcopy(session)
+    other = pm.AutoDistributedModelForCausalLM.from_pretrained(llama.path, initial_peers=[peers[0]])
+    with pytest.raises(ValueError, match=r"InferenceSession.*: expected one of .*, of this model"):
+        other(ids, past_key_values=session)
+    session.close()
+
+
+def test_the_generation_config_of_a_checkpoint(llama, tmp_path, capfd):
+    """What it says of another cache, or of several texts, does not matter here; one's own goes before it."""
+    for file in llama.path.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    said = {"cache_implementation": "static", "num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 3}
+    transformers.GenerationConfig(**said).save_pretrained(tmp_path)
+    ids, own = some_ids(1, 6), transformers.GenerationConfig(max_new_tokens=5)
+    assert llama.load(tmp_path).generate(ids).shape == (2, 9)
+    assert llama.load(tmp_path, generation_config=own).generate(ids).shape == (1, 11)
+    tokenizer_for(tmp_path)
+    words = ["--prompt", "w5 w6", "--max_new_tokens", "4", "--dht_prefix", llama.hellos[0]["dht_prefix"]]
+    code = pm.main(["generate", str(tmp_path), *words, "--initial_peers", *llama.initial_peers])
+    out, err = capfd.readouterr()
+    assert code == 0 and out.startswith("w5 w6") and out.count("w") == 6, (out, err)
+
+
+def test_a_default_device_does_not_matter(llama):
+    """What is on the CPU says so: masks and row orders."""
+    ids, mask = some_ids(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    embeds = llama.model.get_input_embeddings()(ids).detach()
+    expected = llama.model(inputs_embeds=embeds, attention_mask=mask).logits
+    with torch.device("meta"):  # in a place of cuda
+        left_pad = pm._left_pad(mask, None, embeds, 0)
+    assert left_pad == [2, 0] and expected.shape == (2, 6, VOCAB)
+
+
+def test_a_session_whose_length_nobody_chose_grows_with_the_text(llama):
+    """As transformers' own caches do; its caches are rebuilt then. One that was chosen is a bound."""
+    ids, model, reference = some_ids(2, 6), llama.model, llama.reference
+    whole = greedy(reference, ids, new=300)
+    with model.inference_session() as session:
+        first = greedy(model, ids, new=4)
+        assert [row[6:] for row in first] == [row[6:10] for row in whole] and session.max_length < 20
+        for new in (5, 7, 40):
+            first = [a + b for a, b in zip(first, greedy(model, None, new=new), strict=True)]
+        assert first == [row[:62] for row in whole]
+    output = model.generate(ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    more = {"past_key_values": output.past_key_values, "attention_mask": torch.ones_like(output.sequences)}
+    assert greedy(model, output.sequences, new=6, **more) == [row[:16] for row in whole]
+    with torch.no_grad():
+        output = model(ids, use_cache=True)
+        assert output.past_key_values.max_length == 256  # some ahead
+        output = model(torch.tensor(whole)[:, 6:300], past_key_values=output.past_key_values)
+        close(output.logits[:, -1], reference(torch.tensor(whole)[:, :300]).logits[:, -1], atol=1e-3, rtol=0)
+
+
+def test_what_calls_the_model_inside_generate_is_no_part_of_the_session(llama):
+    """Guidance by a prompt of its own, the model as its own assistant, a processor that asks the model."""
+    ids, model, reference = some_ids(1, 7), llama.model, llama.reference
+    asked = []
+
+    class Asks(transformers.LogitsProcessor):
+        def __call__(self, ids, scores):
+            asked.append(model(ids).logits[:, -1])
+            close(asked[-1], scores, atol=1e-3, rtol=0)
+            return scores
+
+    for options in ({"guidance_scale": 1.7}, {"assistant_model": True}, {"logits_processor": [Asks()]}):
+        theirs = {**options, "assistant_model": reference} if "assistant_model" in options else options
+        expected = greedy(reference, ids, new=8, **({} if "logits_processor" in options else theirs))
+        ours = {**options, "assistant_model": model} if "assistant_model" in options else options
+        with model.inference_session(max_length=64) as session:
+            assert greedy(model, ids, new=8, **ours) == expected, options
+            assert model.transformer.h.active_session is session
+    assert len(asked) == 8
+
+
+def test_prompt_lookup_needs_no_room_of_its_own(llama):
+    """It tries tokens beyond the end of the text, and takes them back."""
+    ids = torch.tensor([[5, 6, 7, 8] * 4])
+    with llama.model.inference_session(max_length=26) as session:
+        new = greedy(llama.model, ids, new=10, prompt_lookup_num_tokens=8)
+        assert new == greedy(llama.reference, ids, new=10) and session.position <= 26
+        with pytest.raises(ValueError, match="prefix .* exceeds pre-allocated maximum 26 .*max_length"):
+            greedy(llama.model, None, new=2)
+
+
+def test_an_assistant_over_the_swarm_asks_for_no_more_than_servers_take(crowd, server_of, initial_peers):
+    options = {"dht_prefix": "short-hf", "initial_peers": initial_peers}
+    server_of(crowd.path, 0, LAYERS, dht_prefix="short-hf", inference_max_length=100, attn_cache_tokens=512)
+    model = pm.AutoDistributedModelForCausalLM.from_pretrained(crowd.path, max_retries=0, **options)
+    ids = some_ids(1, 6)
+    assert greedy(crowd.reference, ids, new=8, assistant_model=model) == greedy(crowd.reference, ids, new=8)
+    longest = lambda rows: pm.wire().call(model.remote.router.longest(model.remote.blocks, rows))  # noqa: E731
+    assert [longest(rows) for rows in (1, 5, 6, 512)] == [100, 96, 80, 0]
+
+
+def test_what_a_quantized_checkpoint_is_answered(llama, tmp_path):
+    """Its weights would be taken for plain ones."""
+    config = AutoConfig.from_pretrained(llama.path)
+    config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config.save_pretrained(tmp_path)
+    tensors = load_file(llama.path / "model.safetensors")
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    for use in (pm.AutoDistributedModelForCausalLM.from_pretrained, pm.Server):
+        with pytest.raises(ValueError, match="quantized checkpoint: take the plain one"):
+            use(tmp_path)
+    config = AutoConfig.from_pretrained(llama.path)
+    config.save_pretrained(tmp_path)
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="block 0: torch.float8_e4m3fn weights, expected plain floats"):
+        pm.load_block(pm.Checkpoint(tmp_path), config, 0, torch.float32, torch.device("cpu"))
+
+
 def test_after_a_beam_search_the_session_starts_over(llama):
     call, more = prompt("beams", SEEDS["llama"]["beams"]), some_ids(2, 4, seed=8)
     with llama.model.inference_session(max_length=64) as session:
@@ -1562,7 +1697,7 @@ def test_what_a_session_cannot_do_is_said(llama):
         with pytest.raises(ValueError, match=message):
             model(ids, **arguments)
     for arguments, message in [
-        (dict(cache_implementation="static"), "cache"),
+        (dict(cache_implementation="static"), r"'static': a model.inference_session\(\) is the cache"),
         (dict(past_key_values=transformers.DynamicCache()), "DynamicCache"),
         (dict(attention_mask=holes), "attention_mask"),
     ]:
@@ -4665,6 +4800,8 @@ def test_bad_arguments_are_one_line_and_exit_code_2(llama, main, tmp_path):
         (["serve", llama.path, "--new_swarm", "--host_maddrs", "localhost:80"], "localhost:80.*multiaddr"),
         (["serve", llama.path, "--initial_peers", "nobody"], "nobody.*multiaddr"),
         (["serve", llama.path, "--new_swarm", *known], "--new_swarm or --initial_peers"),
+        (["serve", llama.path, "--block_indices", "0:1", "--num_blocks", "1"], "either --block_indices or"),
+        (["dht", "--port", "1", "--host_maddrs", "/ip4/127.0.0.1/tcp/0"], "either --host_maddrs or"),
         (["serve", llama.path, "--new_swarm", "--torch_dtype", "int3"], "int3.*float32"),
         (["serve", llama.path, "--new_swarm", "--quant_type", "nf4"], "nf4.*int8, int4; for nf4 take int4"),
         (["serve", llama.path, "--new_swarm", "--throughput", "nan"], "nan"),
