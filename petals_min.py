@@ -278,6 +278,18 @@ async def _gather_quietly(*coroutines) -> list:
     return await asyncio.gather(*coroutines, return_exceptions=True)
 
 
+async def _at_most(timeout: float, answer: Any) -> Any:
+    """Await something for so many seconds; asyncio.TimeoutError after that. As asyncio's `wait_for`, which
+    before Python 3.12 loses a cancellation that comes together with the answer."""
+    task = asyncio.ensure_future(answer)
+    try:
+        if not (await asyncio.wait([task], timeout=timeout))[0]:
+            raise asyncio.TimeoutError
+        return task.result()
+    finally:
+        task.cancel()
+
+
 _background: set[asyncio.Task] = set()  # asyncio keeps only weak references to tasks
 
 
@@ -676,10 +688,8 @@ class RecordSerializer(MSGPackSerializer):
 
     @classmethod
     def loads(cls, data: bytes) -> Any:
-        try:
+        with contextlib.suppress(Exception):
             return MSGPackSerializer.loads(data)
-        except Exception:
-            return None
 
 
 @functools.cache
@@ -725,18 +735,6 @@ async def join_messages(messages: AsyncIterator[Any], limit: int = 2**30) -> Any
             parts[-1].append(part)
     expect(first is not None, "a request", "an empty stream")
     return type(first)(tensors=map(combine_from_streaming, parts), **_head(first))
-
-
-async def _at_most(timeout: float, answer: Any) -> Any:
-    """Await something for so many seconds; asyncio.TimeoutError after that. As asyncio's `wait_for`, which
-    before Python 3.12 loses a cancellation that comes together with the answer."""
-    task = asyncio.ensure_future(answer)
-    try:
-        if not (await asyncio.wait([task], timeout=timeout))[0]:
-            raise asyncio.TimeoutError
-        return task.result()
-    finally:
-        task.cancel()
 
 
 async def _within(timeout: float | None, peer: PeerID, answer: Any) -> Any:

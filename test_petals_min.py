@@ -5661,6 +5661,7 @@ def test_servers_that_lose_each_other_but_not_the_client(faults, model):
 def test_a_large_step_to_a_frozen_server_and_over_a_slow_link(faults, model):
     """The first is lost as soon as for a token; the second takes long, but blames nobody."""
     hidden = torch.randn(8, 500, 48)  # .8 MB
+    part = hidden[:, :250]
     with model.inference_session(max_length=500) as session:
         expected = session.step(hidden)
     with model.inference_session(max_length=500) as session:
@@ -5674,10 +5675,10 @@ def test_a_large_step_to_a_frozen_server_and_over_a_slow_link(faults, model):
     faults.settle(model)
     with model.inference_session(max_length=500) as session:
         session.step(hidden[:, :0])
-        faults.net.set_rate("client", 3)  # Mbit/s
+        faults.net.set_rate("client", 1)  # Mbit/s
         try:
             began = time.monotonic()
-            torch.testing.assert_close(session.step(hidden), expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(session.step(part), expected[:, :250], atol=1e-4, rtol=1e-4)
             assert time.monotonic() - began > 4 and not model.remote.router.bans
         finally:
             faults.net.set_rate("client", None)

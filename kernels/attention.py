@@ -267,9 +267,8 @@ if triton is not None:
         and length are read on the device, so that a CUDA graph can be replayed for the next step.
         """
         BQ: tl.constexpr = BM // GP
-        tile = (
-            tl.num_programs(0) - 1 - tl.program_id(0)
-        )  # a row's last tiles see the most keys: start them first
+        # a row's last tiles see the most keys: start them first
+        tile = tl.num_programs(0) - 1 - tl.program_id(0)
         head = tl.program_id(1)
         row = tile if DECODE else _owner(starts_ptr, rows, tile, BQ)
         token = tl.load(starts_ptr + row)
@@ -293,9 +292,8 @@ if triton is not None:
         share = tl.cdiv(end - begin, tl.num_programs(2))
         begin += tl.program_id(2) * share
         end = tl.minimum(begin + share, end)
-        best = tl.full(
-            [BM], -1e30, tl.float32
-        )  # not -inf: a share without keys merges to nothing, not to NaN
+        # not -inf: a share without keys merges to nothing, not to NaN
+        best = tl.full([BM], -1e30, tl.float32)
         total = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, BD], tl.float32)
         table_ptr += row.to(tl.int64) * width
