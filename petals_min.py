@@ -471,8 +471,8 @@ class ClientConfig:
         """Set each field on a transformers config: from `kwargs` (taken out), else as it is, else ours."""
         for name, ours in vars(self).items():
             setattr(config, name, kwargs.pop(name, getattr(config, name, ours)))
-        peers = config.initial_peers
-        config.initial_peers = list(map(str, [peers] if isinstance(peers, str) else peers))
+        peers = config.initial_peers or ()
+        config.initial_peers = list(map(str, [peers] if isinstance(peers, (str, Multiaddr)) else peers))
         return config
 
 
@@ -565,13 +565,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "petals_min")
 
 
-HUB = (
-    "token",
-    "revision",
-    "cache_dir",
-    "local_files_only",
-    "subfolder",
-)  # where a model is, as hub clients say
+HUB = "token", "revision", "cache_dir", "local_files_only"  # where a model is, as hub clients say
 
 
 def load_config(name: str, kwargs: dict) -> PretrainedConfig:
@@ -1301,15 +1295,16 @@ class Router:
         good = [span for span in filter(needs, self.spans) if self.bans.get(span.peer, (0.0,))[0] <= now]
         return all(any(span.start <= index < span.end for span in good) for index in range(start, end))
 
-    async def longest(self, blocks: range, rows: int) -> float:
-        """Tokens of each row of the longest session that servers of these blocks say they take."""
+    async def longest(self, blocks: range, rows: int) -> tuple[float, float]:
+        """Tokens of each row of the longest session that some server of each of these blocks says it takes,
+        and that all of them do."""
         await self.refresh(self.config.update_period, wait=False)
         takes = {}
         for span in self.spans:
-            room = (span.info.cache_tokens or math.inf) // rows // PAGE * PAGE
-            takes[span] = min(span.info.max_length or math.inf, room)
-        here = ([most for span, most in takes.items() if span.start <= i < span.end] for i in blocks)
-        return min(max(each, default=math.inf) for each in here)
+            length, room = span.info.max_length or math.inf, span.info.cache_tokens
+            takes[span] = min(length, room // rows // PAGE * PAGE if room else math.inf)
+        here = [[most for span, most in takes.items() if span.start <= i < span.end] for i in blocks]
+        return tuple(min(which(each, default=math.inf) for each in here) for which in (max, min))
 
     def _asked(self) -> str:
         """What we ask for that servers may lack, and what they have of it."""
@@ -1585,7 +1580,9 @@ class Watch:
             self.progress, self.missed = await self.router.probe(self.peer, patience), 0
         except PeerError as error:
             late = str(error).startswith("no answer")
-            self.missed = 0 if late and stream and stream.moved > bytes_before else self.missed + 1
+            if late and stream and stream.moved > bytes_before:
+                self.missed, self.moved = -1, time.monotonic()
+            self.missed += 1
             if self.missed == 2 or not late:
                 raise PeerError(f"it fell silent ({error})", self.peer, silent=True) from error
         else:
@@ -1625,7 +1622,8 @@ class Hop:
         self.alive, self.history, self.position = False, History(), 0
         self.compression = router.compression
         self.traces: list[dict] | None = [] if router.config.trace else None  # what came with each answer
-        self.sent = self.late = ""  # ids: of the last step that we sent, of the last one whose push was late
+        # ids of steps that are not answered yet: those that we sent, of them those whose push was late
+        self.sent, self.late = set(), set()
         self.unpushed = 0  # pushes in a row that did not come at all
         self.pushed_from = -math.inf  # time.monotonic() from which on steps are to be pushed to it
         self.answers: dict[str, asyncio.Future] = {}  # step id -> its answer, in the order of answers
@@ -1654,7 +1652,7 @@ class Hop:
         """Begin to send a step with its input at this server, which pushes its output `onward`; a server runs
         a step that it has seen only once."""
         self.expect(step)
-        self.sent = step.id
+        self.sent.add(step.id)
         terms |= {"session_id": self.session_id, "step_id": step.id, "start_from_position": step.start}
         if onward:
             terms["next_servers"] = [(hop.span.name, hop.session_id, hop.start, hop.end) for hop in onward]
@@ -1700,11 +1698,13 @@ class Hop:
     def _note_push(self, id: str, said: dict) -> None:
         """With the answer to a step: whether the server before reaches this one. A push may come late, but
         before the step that we sent; a server of ours says if it did not, of another we think the worst."""
-        if id != self.sent:
+        if id not in self.sent:
             self.unpushed = 0
-        elif id == self.late and not said.get("pushed", self.ours):
+        elif id in self.late and not said.get("pushed", self.ours):
             self.pushed_from = time.monotonic() + UNPUSHED_SECONDS * 2 ** min(self.unpushed, 10)
             self.unpushed += 1
+        self.sent.discard(id)
+        self.late.discard(id)
 
     def _fail(self, error: Exception) -> None:
         self.alive = False
@@ -1893,7 +1893,7 @@ class Route:
                 if time.monotonic() >= late:
                     if before not in ("", hop.upstream):
                         hop.upstream, hop.pushed_from, hop.unpushed = before, -math.inf, 0
-                    hop.late = step.id if pushed else ""
+                    hop.late |= {step.id} if pushed else set()
                     blocks = slice(hop.start - self.blocks.start, hop.end - self.blocks.start)
                     onward = itertools.takewhile(lambda hop: hop.pushed_from <= began, hops[index + 1 :])
                     onward = list(onward) if chained else ()
@@ -2160,6 +2160,7 @@ class InferenceSession(transformers.Cache):
         _check(self.config, self.blocks, hidden, prompts, self.left_pad)
         rows, T, past, ids = len(hidden), hidden.shape[1], self._position, _on_cpu(hypo_ids, torch.int64)
         usual = min(2048, getattr(self.config, "max_position_embeddings", 2048))
+        length = self.max_length
         self.reserve(past + T, usual - past - T, rows)
         text = f"prefix {past} + current {T} exceeds pre-allocated maximum {self.max_length} tokens"
         text += ": open a session with model.inference_session(max_length=…)"
@@ -2171,7 +2172,11 @@ class InferenceSession(transformers.Cache):
             order = None
         step = Step(past, _on_cpu(hidden), _on_cpu(prompts, hidden.dtype), order)
         self.batch_size_, began = len(hidden), time.perf_counter()
-        output = wire().call(self._run(step)).to(hidden.device, hidden.dtype)
+        try:
+            output = wire().call(self._run(step)).to(hidden.device, hidden.dtype)
+        except BaseException:
+            self.max_length = length
+            raise
         if self.config.trace:
             self._seconds.append(time.perf_counter() - began)
         return output
@@ -2181,14 +2186,17 @@ class InferenceSession(transformers.Cache):
         them as far as servers take so many."""
         if self._grows and tokens > (self.max_length or -1):
             ahead = max(ahead, tokens if self.max_length else 0)
-            most = wire().call(self.router.longest(self.blocks, rows))
-            self.max_length = int(max(tokens, min(tokens + ahead, most)))
+            most, usual = wire().call(self.router.longest(self.blocks, rows))
+            text = f"{rows} rows of {tokens} tokens: these servers take {most:g} a row at most"
+            _require(tokens <= most, text)
+            self.max_length = int(max(tokens, min(tokens + ahead, usual)))
 
     def _start_over_unless(self, rows: int) -> None:
         """With another batch size than its own a session starts over at position 0."""
         if self._position and self.batch_size_ != rows:
             logger.warning("a session of %d rows gets %d: it starts over", self.batch_size_, rows)
             self.position, self.left_pad = 0, []
+            self.max_length = None if self._grows else self.max_length
 
     @property
     def closed(self) -> bool:
@@ -2217,8 +2225,9 @@ class InferenceSession(transformers.Cache):
                 self._routes[:] = [route]
             for route in self._routes:
                 if route.max_length + route.skip < most:  # to servers that are told so
-                    route.max_length = most - route.skip
                     route.restore(route.state())
+                if not any(hop.alive for hop in route.hops):
+                    route.max_length = most - route.skip
             try:
                 outputs = await self._run_routes(step)
             except PaddingError:
@@ -2231,10 +2240,12 @@ class InferenceSession(transformers.Cache):
 
     async def _run_routes(self, step: Step) -> list[Tensor]:
         shares = [route.share(step) for route in self._routes]
+        if len(shares) == 1:  # no task between: what is done is then taken note of at once
+            return [await self._routes[0].run(shares[0])]
         states = [route.state() for route in self._routes] if step.hypo_ids is not None else []
         try:
             return await _together(map(Route.run, self._routes, shares))
-        except BaseException:  # routes may have done it, and must not reorder their rows twice
+        except BaseException:  # some routes may have done it, and must not reorder their rows twice
             for route, state in zip(self._routes, states, strict=False):
                 route.restore(state)
             raise
@@ -2535,7 +2546,12 @@ class _Distributed:
         with torch.device("meta"):
             wanted = cls(config).state_dict()
         sources = list(filter(None, (config.base_model_name_or_path, name)))
-        found = [Checkpoint(source, **hub).select(wanted, f"{cls.base_model_prefix}.") for source in sources]
+        others = {**hub, "revision": None}  # that is the named one's
+        hubs = [hub if source == name else others for source in sources]
+        found = [
+            Checkpoint(source, **its).select(wanted, f"{cls.base_model_prefix}.")
+            for source, its in zip(sources, hubs, strict=True)
+        ]
         tensors = {key: tensor for each in found for key, tensor in each.items()}
         trained = found[1] if len(found) == 2 else {}  # before it was saved
         _require(tensors, f"{name!r} holds none of {cls.__name__}'s own tensors ({next(iter(wanted))}, …)")
@@ -2547,6 +2563,7 @@ class _Distributed:
         if model.can_generate() and not given:
             with contextlib.suppress(OSError):  # many models have no generation_config.json
                 model.generation_config = transformers.GenerationConfig.from_pretrained(name, **hub)
+                model.generation_config.cache_implementation = None  # a session is the cache
         for name, parameter in model.named_parameters():  # only these are trained, as in Petals
             ours = re.search(r"prompt_embeddings|lora_|^score\.", name) or name in trained
             parameter.requires_grad_(bool(ours))
@@ -2679,8 +2696,6 @@ class _CausalLM(_Distributed):
         inputs = kwargs.pop("input_ids", inputs)
         named = kwargs.pop("cache_implementation", None)
         _require(named is None, f"cache_implementation {named!r}: a model.inference_session() is the cache")
-        if self.generation_config.cache_implementation is not None:  # of its checkpoint
-            self.generation_config.cache_implementation = None
         kwargs["use_cache"] = True  # whatever was asked for: the servers' cache costs the client nothing
         cache, embeds = _as_session(kwargs.pop("past_key_values", None)), kwargs.get("inputs_embeds")
         session, seen = cache or session or self.remote.active_session, 0
@@ -2743,11 +2758,15 @@ class _CausalLM(_Distributed):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        session, (*_, batch_size, max_cache_length) = model_kwargs["past_key_values"], args
-        session.spare = generation_config.prompt_lookup_num_tokens or 0
+        session, (*_, rows, max_cache_length) = model_kwargs["past_key_values"], args
+        rows *= max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         # an assistant is called again and again
         ahead = 2048 if getattr(generation_config, "is_assistant", False) else 0
-        session.reserve(max_cache_length + 1 + self.config.pre_seq_len, ahead, batch_size)
+        session.reserve(max_cache_length + 1 + self.config.pre_seq_len, ahead, rows)
+        session.spare = generation_config.prompt_lookup_num_tokens or 0
+        if session.spare:
+            most, _ = wire().call(session.router.longest(session.blocks, rows))
+            session.spare = int(max(0, min(session.spare, most - session.max_length)))
 
 
 _KINDS = {"Model": _Base, "ForCausalLM": _CausalLM, "ForSequenceClassification": _Distributed}
@@ -2977,7 +2996,7 @@ def _read_weights(
                 places = _as_fused(spec, whole)
                 sources = next(sources).split([len(place) for place in places])
         for place, source in zip(places, sources, strict=True):
-            plain = source.dtype in (torch.float32, torch.float16, torch.bfloat16)
+            plain = source.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
             _require(
                 plain, f"{checkpoint.name!r}, block {index}: {source.dtype} weights, expected plain floats"
             )
@@ -3734,11 +3753,14 @@ class ServerSession:
             self.push_from = step[1].get("push_from", self.push_from)
         return step
 
-    def passed(self, at: int) -> None:
-        """After a step that was looked at when the session stood there: no other one's turn comes there now,
-        and whoever pushed it may go on."""
-        if self.position != at:
-            self.pushes.pop(at, None)
+    def move(self, position: int) -> None:
+        """After a step. Of what else was pushed for the place where it was looked at no turn comes."""
+        if position != self.position:
+            self.pushes.pop(self.position, None)
+        self.position = position
+
+    def answered(self, at: int) -> None:
+        """Whoever pushed the step that was looked at when the session stood there may go on."""
         if at in self.handed_on:
             self.handed_on.pop(at).set()
 
@@ -3746,8 +3768,7 @@ class ServerSession:
         """By the client's word. Only a push from there on may have overtaken it; others are of the past."""
         for at in self.pushes.keys() - {start}:
             del self.pushes[at]
-            if at in self.handed_on:
-                self.handed_on.pop(at).set()
+            self.answered(at)
 
     def is_new(self, step_id: str | None) -> bool:
         """Whether this step was never begun; from now on it was."""
@@ -3889,9 +3910,11 @@ class TransformerConnectionHandler(ServicerBase):
         wanted = f"expected the whole request within {REQUEST_TIMEOUT:g} s"
         with _failing_as(ValueError, wanted, asyncio.TimeoutError):
             request = await _at_most(REQUEST_TIMEOUT, join_messages(requests))
-        with self._ending(2 * REQUEST_TIMEOUT), self._holding(request, "requests"):
-            for part in split_message(await self._forward(request, context)):
-                yield part
+        with self._holding(request, "requests"):
+            response = await self._forward(request, context)
+            with self._ending(REQUEST_TIMEOUT):
+                for part in split_message(response):
+                    yield part
 
     rpc_backward, rpc_backward_stream = rpc_forward, rpc_forward_stream  # the context says which was called
 
@@ -3933,7 +3956,7 @@ class TransformerConnectionHandler(ServicerBase):
                     at = session.position
                     if session.is_new(step[1].get("step_id")):
                         yield await self._infer(session, *step)
-                    session.passed(at)
+                    session.answered(at)
                     step = None  # it may be long until the next one
                     step = await session.next()
         finally:
@@ -3976,7 +3999,7 @@ class TransformerConnectionHandler(ServicerBase):
         work.moments = [time.perf_counter()] if metadata.get("trace") else None
         session.busy = self.executor.submit(work)
         output = await asyncio.shield(session.busy)
-        session.position = end
+        session.move(end)
         response = await self._response([output], metadata)
         said = work.trace() if work.moments else {}
         if session.push_from and "pushed" not in metadata:
@@ -4542,7 +4565,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has left; what is still in its buffer must go somewhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (PetalsError, OSError, ValueError) as error:  # transformers says by these what it cannot do
-        _say("petals-min: " + " ".join(str(error).split()))
+        logger.debug("it ended so", exc_info=True)
+        _say("petals-min: " + (" ".join(str(error).split()) or type(error).__name__))
         return 2
     except _Terminated:
         _say("petals-min: ended, and offline")

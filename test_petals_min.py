@@ -1666,7 +1666,23 @@ def test_an_assistant_over_the_swarm_asks_for_no_more_than_servers_take(crowd, s
     ids = some_ids(1, 6)
     assert greedy(crowd.reference, ids, new=8, assistant_model=model) == greedy(crowd.reference, ids, new=8)
     longest = lambda rows: pm.wire().call(model.remote.router.longest(model.remote.blocks, rows))  # noqa: E731
-    assert [longest(rows) for rows in (1, 5, 6, 512)] == [100, 96, 80, 0]
+    assert [longest(rows) for rows in (1, 5, 6, 512)] == [(100, 100), (96, 96), (80, 80), (0, 0)]
+    with (
+        model.inference_session() as session,
+        pytest.raises(ValueError, match="servers take 100 a row at most"),
+    ):
+        session.step(torch.randn(1, 101, 48))
+    with model.inference_session() as session:
+        session.step(torch.randn(1, 60, 48))
+        assert session.max_length == 100  # as far ahead as they take
+        session.step(torch.randn(1, 40, 48))
+        with pytest.raises(ValueError, match="1 rows of 101 tokens: these servers take 100"):
+            session.step(torch.randn(1, 1, 48))
+        session.position = 10  # it stands where it stood
+        session.step(torch.randn(1, 1, 48))
+    for lookup in (0, 10):  # no more room than they have
+        with model.inference_session(max_length=100):
+            greedy(model, ids, new=5, **({"prompt_lookup_num_tokens": lookup} if lookup else {}))
 
 
 def test_what_a_quantized_checkpoint_is_answered(llama, tmp_path):
@@ -3882,8 +3898,10 @@ def test_a_slow_server_is_not_taken_for_one_that_pushes_do_not_reach(crowd, monk
         for index, block in crowd.servers[1].executor.blocks.items():
             monkeypatch.setitem(crowd.servers[1].executor.blocks, index, slowed(block, 0.3))
         session.step(torch.randn(1, 1, 48))
-        second = hops_of(session)[1]
-        assert second.late == second.sent and second.unpushed == 0  # we sent it too, for nothing
+        second, sent = hops_of(session)[1], spy(monkeypatch, pm.Hop, "send")
+        session.step(torch.randn(1, 1, 48))
+        assert [call.args[0] is second for call in sent] == [False, True]  # we sent it too, for nothing
+        assert second.unpushed == 0 and not second.sent and not second.late
     free_again(*crowd.servers)
 
 
