@@ -153,7 +153,8 @@ PUBLIC_INITIAL_PEERS = (
     "/ip4/159.203.156.48/tcp/31338/p2p/QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5",
 )
 # What this version adds to the wire (PROTOCOL.md, "What petals_min adds"). keep: so a forward request names
-# its pass; the backward request with this name need not compute it again.
+# its pass; the backward request with this name need not compute it again. To a client that named who pushes
+# (push_from), a step's answer says pushed: False in its metadata where the client had to send it itself.
 FEATURES = ("left_pad", "push_from", "step_tensors", "lora", "keep")
 
 
@@ -575,10 +576,8 @@ def load_config(name: str, kwargs: dict) -> PretrainedConfig:
     with _failing_as(UserError, f"no model at {name!r} that I can use", (OSError, ValueError), wanted):
         config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(name, **hub)
     family_of(config)
-    advice = "take the plain one; servers make weights smaller by --quant_type"
-    _require(
-        not getattr(config, "quantization_config", None), f"{name!r} is a quantized checkpoint: {advice}"
-    )
+    text = "is a quantized checkpoint: take the plain one; servers make weights smaller by --quant_type"
+    _require(not getattr(config, "quantization_config", None), f"{name!r} {text}")
     for key in kwargs.keys() - {"dtype", "torch_dtype"}:  # theirs depend on the checkpoint
         if hasattr(config, key):
             setattr(config, key, kwargs.pop(key))
@@ -1193,9 +1192,8 @@ class Router:
         self.updated = time.monotonic()
 
     async def _measure(self, peer: PeerID) -> None:
-        seconds = min(
-            await self.swarm.ping(peer, self.config.ping_timeout), MAX_PING
-        )  # one that does not answer is far
+        # one that does not answer is far
+        seconds = min(await self.swarm.ping(peer, self.config.ping_timeout), MAX_PING)
         old = self.pings.get(peer, MAX_PING)
         self.pings[peer] = seconds if old == MAX_PING else 0.8 * old + 0.2 * seconds
 
@@ -1482,6 +1480,16 @@ def _then(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return second if first is None else first if second is None else first[second]
 
 
+class Answer(asyncio.Future):
+    """A server's answer to a step, of the given shape [B, T, H]."""
+
+    def __init__(self, shape: torch.Size):
+        super().__init__()
+        self.shape = shape
+        self.sent = self.late = False  # whether we sent the step; because a push did not come in time
+        self.add_done_callback(asyncio.Future.exception)  # it may go unread
+
+
 @dataclass(eq=False)
 class Chunk:
     """Inputs of one server for the positions start..end-1."""
@@ -1622,12 +1630,9 @@ class Hop:
         self.alive, self.history, self.position = False, History(), 0
         self.compression = router.compression
         self.traces: list[dict] | None = [] if router.config.trace else None  # what came with each answer
-        # ids of steps that are not answered yet: those that we sent, of them those whose push was late
-        self.sent, self.late = set(), set()
         self.unpushed = 0  # pushes in a row that did not come at all
         self.pushed_from = -math.inf  # time.monotonic() from which on steps are to be pushed to it
-        self.answers: dict[str, asyncio.Future] = {}  # step id -> its answer, in the order of answers
-        self.due: dict[str, torch.Size] = {}  # of these, shapes
+        self.answers: dict[str, Answer] = {}  # step id -> its answer, in the order of answers
 
     @property
     def ours(self) -> bool:
@@ -1640,19 +1645,16 @@ class Hop:
         self.stream = await Stream.open(router.swarm.p2p, self.span.peer, "rpc_inference", timeout)
         self.alive, self.reader = True, _spawn(self._read())
 
-    def expect(self, step: Step) -> asyncio.Future:
+    def expect(self, step: Step) -> Answer:
         """The future of this server's answer to a step; the same one at every attempt."""
         if step.id not in self.answers:
-            answer = self.answers[step.id] = asyncio.get_running_loop().create_future()
-            self.due[step.id] = step.hidden.shape
-            answer.add_done_callback(asyncio.Future.exception)  # it may go unread
+            self.answers[step.id] = Answer(step.hidden.shape)
         return self.answers[step.id]
 
     def send(self, step: Step, hidden: Tensor, prompts=None, onward: Sequence[Hop] = (), **terms) -> None:
         """Begin to send a step with its input at this server, which pushes its output `onward`; a server runs
         a step that it has seen only once."""
-        self.expect(step)
-        self.sent.add(step.id)
+        self.expect(step).sent = True
         terms |= {"session_id": self.session_id, "step_id": step.id, "start_from_position": step.start}
         if onward:
             terms["next_servers"] = [(hop.span.name, hop.session_id, hop.start, hop.end) for hop in onward]
@@ -1681,30 +1683,28 @@ class Hop:
         try:
             while True:
                 response = await self.stream.receive(ExpertResponse)
-                waiting = [(id, answer) for id, answer in self.answers.items() if not answer.done()]
+                waiting = [answer for answer in self.answers.values() if not answer.done()]
                 if not waiting or not response.tensors:
                     raise PeerError("an answer came that nobody asked for", self.span.peer)
-                (id, answer), said = waiting[0], unpack_metadata(response)
-                self._note_push(id, said)
+                answer, said = waiting[0], unpack_metadata(response)
+                self._note_push(answer, said)
                 if self.traces is not None:
                     self.traces.append(said)
                 output = await _off_loop(_size(response), unpack, response.tensors[0])
-                answer.set_result(_checked(output, self.due.pop(id), self.span.peer))
+                answer.set_result(_checked(output, answer.shape, self.span.peer))
         except Exception as error:
             self._fail(error)
         finally:
             self.stream.close()
 
-    def _note_push(self, id: str, said: dict) -> None:
-        """With the answer to a step: whether the server before reaches this one. A push may come late, but
-        before the step that we sent; a server of ours says if it did not, of another we think the worst."""
-        if id not in self.sent:
+    def _note_push(self, answer: Answer, said: dict) -> None:
+        """With an answer: whether the server before reaches this one. A push may come late, but before the
+        step that we sent; a server of ours says if it did not, of another we think the worst."""
+        if not answer.sent:
             self.unpushed = 0
-        elif id in self.late and not said.get("pushed", self.ours):
+        elif answer.late and not said.get("pushed", self.ours):
             self.pushed_from = time.monotonic() + UNPUSHED_SECONDS * 2 ** min(self.unpushed, 10)
             self.unpushed += 1
-        self.sent.discard(id)
-        self.late.discard(id)
 
     def _fail(self, error: Exception) -> None:
         self.alive = False
@@ -1887,13 +1887,13 @@ class Route:
         for index, (hop, answer) in enumerate(zip(hops, answers, strict=True)):
             watch, now = Watch(self.router, hop.span.peer, size, hop.stream), time.monotonic()
             deadline = now + self.config.request_timeout + terms.get("alloc_timeout", 0.0)
-            pushed = chained and index and hop.pushed_from <= began
+            pushed = chained and index > 0 and hop.pushed_from <= began
             late = now + PUSH_SECONDS + upload / 10 if pushed else now
             while not answer.done():
                 if time.monotonic() >= late:
                     if before not in ("", hop.upstream):
                         hop.upstream, hop.pushed_from, hop.unpushed = before, -math.inf, 0
-                    hop.late |= {step.id} if pushed else set()
+                    answer.late = pushed
                     blocks = slice(hop.start - self.blocks.start, hop.end - self.blocks.start)
                     onward = itertools.takewhile(lambda hop: hop.pushed_from <= began, hops[index + 1 :])
                     onward = list(onward) if chained else ()
@@ -2184,7 +2184,8 @@ class InferenceSession(transformers.Cache):
     def reserve(self, tokens: int, ahead: int, rows: int) -> None:
         """Where nobody chose a length: see to it that there is room for so many tokens, and for some ahead of
         them as far as servers take so many."""
-        if self._grows and tokens > (self.max_length or -1):
+        tokens = max(1, tokens)
+        if self._grows and tokens > (self.max_length or 0):
             ahead = max(ahead, tokens if self.max_length else 0)
             most, usual = wire().call(self.router.longest(self.blocks, rows))
             text = f"{rows} rows of {tokens} tokens: these servers take {most:g} a row at most"
@@ -2546,12 +2547,9 @@ class _Distributed:
         with torch.device("meta"):
             wanted = cls(config).state_dict()
         sources = list(filter(None, (config.base_model_name_or_path, name)))
-        others = {**hub, "revision": None}  # that is the named one's
-        hubs = [hub if source == name else others for source in sources]
-        found = [
-            Checkpoint(source, **its).select(wanted, f"{cls.base_model_prefix}.")
-            for source, its in zip(sources, hubs, strict=True)
-        ]
+        others = {"revision": None}  # that is the named one's
+        found = [Checkpoint(source, **hub | ({} if source == name else others)) for source in sources]
+        found = [checkpoint.select(wanted, f"{cls.base_model_prefix}.") for checkpoint in found]
         tensors = {key: tensor for each in found for key, tensor in each.items()}
         trained = found[1] if len(found) == 2 else {}  # before it was saved
         _require(tensors, f"{name!r} holds none of {cls.__name__}'s own tensors ({next(iter(wanted))}, …)")
@@ -2997,9 +2995,8 @@ def _read_weights(
                 sources = next(sources).split([len(place) for place in places])
         for place, source in zip(places, sources, strict=True):
             plain = source.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-            _require(
-                plain, f"{checkpoint.name!r}, block {index}: {source.dtype} weights, expected plain floats"
-            )
+            text = f"{checkpoint.name!r}, block {index}: {source.dtype} weights, expected plain floats"
+            _require(plain, text)
             place.copy_(source)
         whole = whole.unflatten(0, (experts, -1)) if experts else whole
         quantize = kind != "none" and ours + end in MATRICES
@@ -4165,7 +4162,12 @@ class Server:
             self.handler = TransformerConnectionHandler(self)
             wire().call(self.handler.add_p2p_handlers(self.swarm.p2p))
             info.state = ONLINE
-            wire().call(self._announce())
+            for _ in range(3):  # a busy directory does not take every record at once
+                wire().call(self._announce())
+                if self.announced:
+                    break
+            self._announcing.cancel()  # its period is that of the first announcement
+            self._announcing = asyncio.run_coroutine_threadsafe(self._keep_announcing(), wire().loop)
         except BaseException:
             self.stop()
             raise
