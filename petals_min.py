@@ -90,6 +90,7 @@ import tempfile
 import threading
 import time
 import uuid
+import warnings
 import weakref
 import zipfile
 from collections import Counter, deque
@@ -101,7 +102,6 @@ from typing import Any, AsyncIterator, NamedTuple  # noqa: UP035 - hivemind read
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 _start_method = multiprocessing.get_start_method(allow_none=True)
 import hivemind  # noqa: E402
@@ -167,10 +167,11 @@ class UserError(PetalsError, ValueError):
 
 
 class MissingBlocksError(PetalsError):
-    """No reachable server holds some blocks."""
+    """No reachable server holds some blocks. refused: some do, but not on the terms that we ask for, and none
+    ever did."""
 
-    def __init__(self, prefix: str, blocks: Sequence[int], detail: str = ""):
-        self.blocks, first, last = list(blocks), blocks[0], blocks[-1]
+    def __init__(self, prefix: str, blocks: Sequence[int], detail: str = "", refused: bool = False):
+        self.blocks, self.refused, first, last = list(blocks), refused, blocks[0], blocks[-1]
         names = f"block {first}" if first == last else f"blocks {first}..{last}"
         serve = f"start one with `petals-min serve MODEL --block_indices {first}:{last + 1}`"
         super().__init__(f"no server online holds {names} of {prefix!r}{detail}; {serve}, or check the peers")
@@ -467,6 +468,7 @@ class ClientConfig:
     lora_targets: Sequence[str] | None = None  # such as ["q_proj", "v_proj"]; None: all that make q, k, v
     # where the rest of the model is, if what is loaded has nothing but what was trained
     base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
 
     def attach_to(self, config: PretrainedConfig, kwargs: dict) -> PretrainedConfig:
         """Set each field on a transformers config: from `kwargs` (taken out), else as it is, else ours."""
@@ -483,7 +485,8 @@ def lora_targets(config: PretrainedConfig) -> dict[str, str]:
         return {}
     names = family_of(config).names
     known = [name for ours in ADAPTABLE for name in names.get(ours, "").split()]
-    wanted = [name.split(".")[-1] for name in config.lora_targets or names["qkv"].split()]
+    wanted = config.lora_targets or names["qkv"].split()
+    wanted = [name.split(".")[-1] for name in ([wanted] if isinstance(wanted, str) else wanted)]
     found = {name.split(".")[-1]: name for name in known if name.split(".")[-1] in wanted}
     rank, alpha = config.lora_rank, config.lora_alpha
     fits = len(found) == len(set(wanted)) and type(rank) is int and rank > 0 and _number(alpha)
@@ -1147,7 +1150,8 @@ class Router:
     def __init__(self, swarm: Swarm, config: PretrainedConfig):
         self.swarm, self.config, self.prefix = swarm, config, config.dht_prefix
         self.spans: list[Span] = []
-        self.offers: list[Span] = []  # those included that are not for us
+        self.offers: list[Span] = []  # those included that lack what we ask for
+        self.known: dict[PeerID, Span] = {}  # of each server that ever had it
         self.updated = -math.inf  # time.monotonic() of the last reading
         self.pings: dict[PeerID, float] = {}  # smoothed round trips, seconds
         # who failed and has not succeeded since, the latest at the end: banned until (monotonic), failures in
@@ -1179,8 +1183,10 @@ class Router:
             await asyncio.shield(self._reading)
 
     async def _read(self) -> None:
-        self.offers = spans_of(await read_directory(self.swarm, self.prefix, num_blocks(self.config)))
-        self.spans = list(filter(self._allowed, self.offers))
+        table = await read_directory(self.swarm, self.prefix, num_blocks(self.config))
+        self.offers = list(filter(self._allowed, spans_of(table)))
+        self.spans = list(filter(self._offers_all, self.offers))
+        self.known |= {span.peer: span for span in self.spans}
         peers = list({span.peer for span in self.spans})
         gone = [peer for peer in self.bans.keys() - set(peers) if self.bans[peer][0] < time.monotonic()]
         for peer in gone:
@@ -1202,11 +1208,15 @@ class Router:
         # by peer id only: anybody may take any public name
         allowed = config.allowed_servers is None or peer in map(str, config.allowed_servers)
         allowed = allowed and (quants is None or (span.info.quant_type or "none") in quants)
-        rank = config.lora_rank if config.tuning_mode == "lora" else 0
-        allowed = allowed and (not rank or "lora" in span.info.features)
-        allowed = allowed and rank <= (span.info.max_lora_rank or 0)
         blocked = {peer, span.info.public_name} & set(map(str, config.blocked_servers or ()))
-        return bool(allowed and not blocked and config.active_adapter in (None, *span.info.adapters))
+        return bool(allowed and not blocked)
+
+    def _offers_all(self, span: Span) -> bool:
+        """Whether it has the adapter that we ask for, or takes our own LoRA."""
+        config, info = self.config, span.info
+        rank = config.lora_rank if config.tuning_mode == "lora" else 0
+        takes = not rank or ("lora" in info.features and rank <= (info.max_lora_rank or 0))
+        return takes and config.active_adapter in (None, *info.adapters)
 
     def failed(self, peer: PeerID, reason: str, silent: bool | None = True) -> None:
         """Leave this peer alone for a while, twice as long at each failure in a row. A full cache is none: it
@@ -1281,8 +1291,11 @@ class Router:
             unfit = [span.info.max_length or 0 for span in self.spans if span.start <= missing[0] < span.end]
             most, room = max(unfit, default=0), max((s.info.cache_tokens or 0 for s in self.spans), default=0)
             detail = f" for this request: those that do take up to {most} tokens a row, {room} in all"
-            detail = self._asked() + (detail if unfit else "")
-            raise MissingBlocksError(self.prefix, missing, detail + self._recent_failures())
+            detail = self._asked() + (detail if unfit else "") + self._recent_failures()
+            had = list(filter(needs, self.known.values()))
+            offered, once = ({i for i in missing for s in some if s.start <= i < s.end}
+                             for some in (self.offers, had))  # fmt: skip
+            raise MissingBlocksError(self.prefix, missing, detail, refused=bool(offered - once))
         now = time.monotonic()
         limits = [max(now, min(bans[span] for span in spans) + 0.1) for spans in table]
         return [[s for s in spans if bans[s] <= limit] for spans, limit in zip(table, limits, strict=True)]
@@ -1374,8 +1387,11 @@ class Router:
 
     async def before_retry(self, attempt: int, error: PetalsError, what: str) -> None:
         """After the failure of attempt number `attempt` >= 1: ban the server and wait, or raise when
-        `max_retries` are spent. The directory is read meanwhile; whatever comes online ends the wait."""
+        `max_retries` are spent, or when what we ask for is refused by the directory just read. The directory
+        is read meanwhile; whatever comes online ends the wait."""
         config = self.config
+        if isinstance(error, MissingBlocksError) and error.refused and attempt > 1:
+            raise error
         if isinstance(error, PeerError):
             self.failed(error.peer, str(error), error.silent)
             error = PeerError(f"{what} failed {attempt} times{self._recent_failures()}", error.peer)
@@ -2050,7 +2066,9 @@ class InferenceSession(transformers.Cache):
         self.router, self.config, self.blocks = layers.router, layers.config, layers.blocks
         self.max_length, self.left_pad, self._grows = max_length, list(left_pad), max_length is None
         self.spare = 0  # tokens beyond: prompt lookup tries them and takes them back
-        self.own = [_on_cpu(tensor, torch.float32) for tensor in layers.own_lora()]  # as it is now
+        own = layers.own_lora()
+        self.own = [_on_cpu(tensor, torch.float32) for tensor in own]  # as it is now
+        self._trains = any(tensor.requires_grad for tensor in own)
         self.batch_size_: int | None = None
         # between steps; a step that succeeds sets the first two, in the wire thread
         self._position = 0
@@ -2158,6 +2176,10 @@ class InferenceSession(transformers.Cache):
         if hidden.ndim == 3:
             self._start_over_unless(len(hidden))
         _check(self.config, self.blocks, hidden, prompts, self.left_pad)
+        trains = self._trains or any(t is not None and t.requires_grad for t in (hidden, prompts))
+        if trains and torch.is_grad_enabled():
+            text = "the steps of a session give no gradients: train without one and without use_cache=True"
+            warnings.warn(f"{text}; here torch.no_grad() is in place", stacklevel=2)
         rows, T, past, ids = len(hidden), hidden.shape[1], self._position, _on_cpu(hypo_ids, torch.int64)
         usual = min(2048, getattr(self.config, "max_position_embeddings", 2048))
         length = self.max_length
@@ -2204,7 +2226,7 @@ class InferenceSession(transformers.Cache):
         return not self.close.alive
 
     def __enter__(self) -> InferenceSession:
-        self._tokens.append(self._active.set(self))
+        self._tokens.append(self._active.set((*self._active.get(), self)))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -2279,7 +2301,8 @@ class RemoteSequential(nn.Module):
         # shared with slices, which are shallow copies
         self._dht, self._opening = dht, threading.Lock()
         self._routers: list[Router] = []  # one, once it is needed
-        self._active = contextvars.ContextVar("active_session", default=None)
+        # sessions (or None: none from here on) of the `with`s we are in, the innermost last
+        self._active = contextvars.ContextVar("active_sessions", default=())
 
     @property
     def router(self) -> Router:
@@ -2327,13 +2350,14 @@ class RemoteSequential(nn.Module):
 
     @property
     def active_session(self) -> InferenceSession | None:
-        """The session of the innermost `with`, of this thread or task."""
-        return self._active.get()
+        """The session over just these blocks of the innermost `with`, of this thread or task."""
+        mine = (s for s in reversed(self._active.get()) if s is None or s.blocks == self.blocks)
+        return next(mine, None)
 
     @contextlib.contextmanager
     def use_session(self, session: InferenceSession | None) -> Iterator[InferenceSession | None]:
         """Meanwhile calls go through this session (None: none). It stays open."""
-        token = self._active.set(session)
+        token = self._active.set((*self._active.get(), session))
         try:
             yield session
         finally:
@@ -2347,7 +2371,7 @@ class RemoteSequential(nn.Module):
         """[B, T, H] -> [B, T, H]. prompts: [blocks, B or 1, P, H], added to the first P positions of each
         block's input. left_pad: per row, how many tokens at the left are padding; they come back as zeros."""
         session = self.active_session
-        if session is not None and session.blocks == self.blocks:
+        if session is not None:
             return session.step(hidden, prompts)
         _check(self.config, self.blocks, hidden, prompts, left_pad)
         T, pad = hidden.shape[1], max(left_pad, default=0)
@@ -2393,8 +2417,8 @@ class _RemoteForward(torch.autograd.Function):
         return _put_together(local, ctx.places, outputs).to(hidden.device, hidden.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
+        _require(not torch.is_grad_enabled(), "create_graph=True: servers give no gradients of gradients")
         local, for_prompts, (prompts, *saved) = _on_cpu(grad), None, ctx.saved_tensors
         count = len(ctx.needs_input_grad) - 5  # matrices of the user's own LoRA
         own, hidden = saved[:count], iter(saved[count:])
@@ -2546,13 +2570,18 @@ class _Distributed:
         hub = {key: value for key in HUB if (value := kwargs.pop(key, None)) is not None}
         with torch.device("meta"):
             wanted = cls(config).state_dict()
-        sources = list(filter(None, (config.base_model_name_or_path, name)))
-        others = {"revision": None}  # that is the named one's
-        found = [Checkpoint(source, **hub | ({} if source == name else others)) for source in sources]
-        found = [checkpoint.select(wanted, f"{cls.base_model_prefix}.") for checkpoint in found]
-        tensors = {key: tensor for each in found for key, tensor in each.items()}
-        trained = found[1] if len(found) == 2 else {}  # before it was saved
+        tensors, trained = Checkpoint(name, **hub).select(wanted, f"{cls.base_model_prefix}."), {}
+        base = config.base_model_name_or_path
+        config.base_model_revision = config.base_model_revision if base else hub.get("revision")
+        if base:
+            its, advice = hub | {"revision": config.base_model_revision}, "; or say base_model_name_or_path="
+            with _failing_as(UserError, f"{name!r} needs the rest of its model", UserError, advice):
+                rest = Checkpoint(base, **its).select(wanted, f"{cls.base_model_prefix}.")
+            tensors, trained = rest | tensors, tensors  # that is: before it was saved
         _require(tensors, f"{name!r} holds none of {cls.__name__}'s own tensors ({next(iter(wanted))}, …)")
+        for key in () if kwargs.get("ignore_mismatched_sizes") else tensors:
+            size, due = list(tensors[key].shape), list(wanted[key].shape)
+            _require(size == due, f"{name!r} holds {key} of {size}, expected {due}, as the config has it now")
         new = {key: _new_lora(key, tensor.shape) for key, tensor in wanted.items() if "lora_" in key}
         how = {"config": config, "state_dict": new | tensors, "dtype": dtype}
         loaded = super().from_pretrained(None, *args, **how, **kwargs)
@@ -2571,11 +2600,13 @@ class _Distributed:
         """Save what is trained, that is the parameters that want a gradient, as safetensors beside a config
         that says where the rest is; `from_pretrained` puts both together. The whole local part where nothing
         is trained."""
-        trained = {name: p.detach() for name, p in self.named_parameters() if p.requires_grad} or None
+        given = kwargs.pop("state_dict", None)  # transformers' Trainer gives all that is here
+        state = self.state_dict() if given is None else given
+        trained = {name: state[name] for name, p in self.named_parameters() if p.requires_grad}
         base = self.config.base_model_name_or_path or self.config.name_or_path
         base = os.path.abspath(base) if os.path.isdir(base) else base
         self.config.base_model_name_or_path = base if trained else None
-        super().save_pretrained(save_directory, **{"state_dict": trained} | kwargs)
+        super().save_pretrained(save_directory, state_dict=trained or given, **kwargs)
 
     @property
     def remote(self) -> RemoteSequential:
@@ -2603,8 +2634,8 @@ class _Base(_Distributed):
         """In Petals' names and layout: `prompt_embeddings` [P, H], `intermediate_…` [P, blocks * H]."""
         mode, P, H = self.config.tuning_mode, self.config.pre_seq_len, self.config.hidden_size
         self.prompted = mode in ("ptune", "deep_ptune")
-        fits = (self.prompted and P > 0) or mode in (None, "lora")
-        _require(fits, f"tuning_mode {mode!r} of {P}: expected ptune or deep_ptune of 1 or more, or lora")
+        fits = (self.prompted and type(P) is int and P > 0) or mode in (None, "lora")
+        _require(fits, f"tuning_mode {mode!r} of {P!r}: expected ptune or deep_ptune of 1 or more, or lora")
         if self.prompted:
             self.prompt_embeddings = nn.Embedding(P, H, dtype=torch.float32)
         if mode == "deep_ptune":
@@ -3085,7 +3116,9 @@ class AdapterCheckpoint:
         layer = rf"(?:model\.|transformer\.)?{family_of(config).layers}\.(\d+)"
         for tensor in self.checkpoint.files:
             match = re.fullmatch(rf"(?:base_model\.model\.)?{layer}\.(.+)\.lora_([AB])\.weight", tensor)
-            _require(match, f"adapter {name!r} has {tensor}: expected LoRA of a {config.model_type}'s blocks")
+            fits = match and int(match[1]) < num_blocks(config)
+            text = f"adapter {name!r} has {tensor}: expected LoRA of a {config.model_type}'s blocks"
+            _require(fits, f"{text}, 0 to {num_blocks(config) - 1}")
             self.found.setdefault(int(match[1]), {}).setdefault(match[2], {})[match[3]] = tensor
 
     def load(self, index: int, places: dict[str, lora.Place], **to: Any) -> BlockLora:
