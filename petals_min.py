@@ -155,7 +155,7 @@ PUBLIC_INITIAL_PEERS = (
 # What this version adds to the wire (PROTOCOL.md, "What petals_min adds"). keep: so a forward request names
 # its pass; the backward request with this name need not compute it again. To a client that named who pushes
 # (push_from), a step's answer says pushed: False in its metadata where the client had to send it itself.
-FEATURES = ("left_pad", "push_from", "step_tensors", "lora", "keep")
+FEATURES = ("left_pad", "push_from", "step_tensors", "lora", "keep")  # and whole: Step.whole
 
 
 class PetalsError(Exception):
@@ -367,8 +367,9 @@ def _spec(config: PretrainedConfig, kv_heads: int, eps: float, act: str, **switc
 
 def _llama_spec(config: PretrainedConfig, index: int) -> BlockSpec:
     slides = getattr(config, "layer_types", None) is None or config.layer_types[index] == "sliding_attention"
+    slides = slides and config.model_type != "llama"  # whatever its config says
     switches = {"window": getattr(config, "sliding_window", None)} if slides else {}
-    if hasattr(config, "num_local_experts"):
+    if config.model_type == "mixtral":
         switches |= {"experts": config.num_local_experts, "top_k": config.num_experts_per_tok}
     return _spec(config, config.num_key_value_heads, config.rms_norm_eps, config.hidden_act, **switches)
 
@@ -430,6 +431,14 @@ def default_prefix(config: PretrainedConfig, model_name: str) -> str:
     last = full.split("/")[-1]
     prefix = family_of(config).prefix.format(full=full, last=last, hf=last.removesuffix("-hf") + "-hf")
     return re.sub(r"[.\s]", "-", prefix)
+
+
+def bare_block(config: PretrainedConfig) -> nn.Module:
+    """transformers' own block, without memory: it knows the names and sizes."""
+    one, family = copy.copy(config), family_of(config)
+    one.num_hidden_layers = 1
+    with torch.device("meta"):
+        return getattr(getattr(transformers, f"{family.title}Model")(one), family.layers)[0]
 
 
 @dataclass
@@ -569,7 +578,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "petals_min")
 
 
-HUB = "token", "revision", "cache_dir", "local_files_only"  # where a model is, as hub clients say
+HUB = (
+    "token",
+    "revision",
+    "cache_dir",
+    "local_files_only",
+    "subfolder",
+)  # where a model is, as hub clients say
 
 
 def load_config(name: str, kwargs: dict) -> PretrainedConfig:
@@ -577,7 +592,11 @@ def load_config(name: str, kwargs: dict) -> PretrainedConfig:
     hub = {key: kwargs[key] for key in HUB if kwargs.get(key) is not None}
     wanted = f" (expected a directory with config.json or a hub repository in reach, of type {SUPPORTED})"
     with _failing_as(UserError, f"no model at {name!r} that I can use", (OSError, ValueError), wanted):
-        config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(name, **hub)
+        config = copy.deepcopy(kwargs.pop("config", None))
+        config = config or transformers.AutoConfig.from_pretrained(name, **hub)
+    _require(
+        kwargs.get("variant") is None, "variant: expected none; a subfolder or revision may hold another"
+    )
     family_of(config)
     text = "is a quantized checkpoint: take the plain one; servers make weights smaller by --quant_type"
     _require(not getattr(config, "quantization_config", None), f"{name!r} {text}")
@@ -1471,6 +1490,9 @@ class Step:
     # added to the first P tokens, per block: [blocks of the route, B or 1, P, H]
     prompts: Tensor | None = None
     hypo_ids: Tensor | None = None  # [B] int64: the cache rows are reordered so before the step
+    # where rotary embeddings depend on the text's length (`Rotary`) and it is so long: the end of the whole
+    # step, of which this may be a piece
+    whole: int = 0
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     @property
@@ -1485,7 +1507,8 @@ class Step:
             return [self]
         most = max(1, MAX_UNARY_BYTES // max(1, B * H * 4))  # a server may answer float32 to bfloat16
         parts = enumerate(self.hidden.split(most, dim=1))
-        return [Step(self.start + i * most, part, None, None if i else self.hypo_ids) for i, part in parts]
+        order = [self.hypo_ids, *(None for _ in range(T))]
+        return [Step(self.start + i * most, part, None, order[i], self.whole) for i, part in parts]
 
 
 Source = Tensor | asyncio.Future  # inputs, or the answer of the server before, which may still be on its way
@@ -1672,6 +1695,7 @@ class Hop:
         a step that it has seen only once."""
         self.expect(step).sent = True
         terms |= {"session_id": self.session_id, "step_id": step.id, "start_from_position": step.start}
+        terms |= {"whole": step.whole} if step.whole else {}
         if onward:
             terms["next_servers"] = [(hop.span.name, hop.session_id, hop.start, hop.end) for hop in onward]
         if self.ours:
@@ -1759,9 +1783,9 @@ class Route:
         self.rows, self.max_length, self.left_pad, self.skip = list(rows), max_length, list(left_pad), skip
         self.hops = [Hop(router, blocks.start, blocks.stop)]
         self.position = 0  # at which all servers stand after the last step
-        # of the steps that had deep prompts: start -> end, prompts. They go to a row's first real tokens of
-        # the step, so no other tokens may be replayed together with these.
-        self.prompts: dict[int, tuple[int, Tensor]] = {}
+        # steps that may not be replayed together with others: start -> end, deep prompts (which go to a row's
+        # first real tokens of the step), Step.whole
+        self.apart: dict[int, tuple[int, Prompts, int]] = {}
         self.closed, self.running = False, None  # the task that runs a step
 
     def fits(self, span: Span, padded: bool = True) -> bool:
@@ -1777,10 +1801,15 @@ class Route:
         for pad, rows in _rows_by_padding(self.left_pad):
             its = [self.rows[row] for row in rows]
             route = Route(self.router, self.blocks, its, self.max_length - pad, skip=pad, own=self.own)
-            for at, (end, prompts) in self.prompts.items():
-                begin, end = max(0, at - pad), min(end, position) - pad
+            for at, (end, prompts, whole) in self.apart.items():
+                begin, end, prompts = (
+                    max(0, at - pad),
+                    min(end, position) - pad,
+                    _prompts_of(prompts, rows=rows),
+                )
                 if end > begin:
-                    route.prompts[begin] = end, _prompts_of(prompts, rows=rows)[:, :, : end - begin]
+                    prompts = None if prompts is None else prompts[:, :, : end - begin]
+                    route.apart[begin] = end, prompts, max(0, whole - pad)
             route.position, route.closed = max(0, position - pad), self.closed
             if route.position:
                 route.hops[0].history.chunks = [Chunk(0, route.position, inputs[rows, pad:])]
@@ -1806,13 +1835,13 @@ class Route:
         hidden, prompts = step.hidden[self.rows, max(0, self.skip - step.start) :], None
         if step.prompts is not None and hidden.shape[1]:
             prompts = _prompts_of(step.prompts, rows=self.rows)[:, :, : hidden.shape[1]]
-        return Step(start, hidden, prompts, ids)
+        return Step(start, hidden, prompts, ids, max(0, step.whole - self.skip))
 
     async def run(self, step: Step) -> Tensor:
         """Run a step on all servers, however often it takes; returns [B, T, H]."""
         _require(not self.closed, CLOSED)
-        past = {at: (min(end, step.start), given) for at, (end, given) in self.prompts.items()}
-        self.prompts = {at: (end, given) for at, (end, given) in past.items() if at < end}  # after a rewind
+        past = {at: (min(end, step.start), *its) for at, (end, *its) in self.apart.items()}
+        self.apart = {at: (end, *its) for at, (end, *its) in past.items() if at < end}  # after a rewind
         pieces = step.pieces()
         before = self.state() if len(pieces) > 1 else None
         self.running = asyncio.current_task()
@@ -1831,14 +1860,14 @@ class Route:
 
     def state(self) -> tuple[History, list[int], dict]:
         """What `restore` needs to undo the steps that follow."""
-        return self.hops[0].history.copy(), self.left_pad, self.prompts
+        return self.hops[0].history.copy(), self.left_pad, self.apart
 
     def restore(self, state: tuple[History, list[int], dict]) -> None:
         """The next step begins with other servers, to which the history is replayed."""
         for hop in self.hops:
             hop.close()
         self.hops = [Hop(self.router, self.blocks.start, self.blocks.stop)]
-        self.hops[0].history, self.left_pad, self.prompts = state
+        self.hops[0].history, self.left_pad, self.apart = state
 
     async def _run_piece(self, step: Step) -> Tensor:
         for attempt in itertools.count(1):
@@ -1933,11 +1962,11 @@ class Route:
             if hop.alive:
                 self.router.succeeded(hop.span.peer)
         if step.hypo_ids is not None:
-            ids, past = step.hypo_ids, self.prompts.items()
-            self.prompts = {at: (end, _prompts_of(given, rows=ids)) for at, (end, given) in past}
+            ids, past = step.hypo_ids, self.apart.items()
+            self.apart = {at: (end, _prompts_of(given, rows=ids), its) for at, (end, given, its) in past}
             self.left_pad = [self.left_pad[row] for row in step.hypo_ids] if self.left_pad else []
-        if step.prompts is not None:
-            self.prompts[step.start] = step.end, step.prompts
+        if step.prompts is not None or step.whole:
+            self.apart[step.start] = step.end, step.prompts, step.whole
         later = [hop.history for hop in self.hops[1:]]
         if sum(h.length for h in later) * step.hidden[:, :1].nbytes > self.config.max_history_bytes:
             for history in later:
@@ -1972,11 +2001,11 @@ class Route:
         hops = [Hop(self.router, s.start, s.end, s, name) for s, name in zip(spans, names, strict=False)]
         try:
             await _together(map(self._begin, hops))
-            cuts = {0, inputs.shape[1], *self.prompts, *(end for end, _ in self.prompts.values())}
+            cuts = {0, inputs.shape[1], *self.apart, *(end for end, *_ in self.apart.values())}
             for at, stop in itertools.pairwise(sorted(cuts)):
-                _, prompts = self.prompts.get(at, (0, None))
+                _, prompts, whole = self.apart.get(at, (0, None, 0))
                 prompts = None if prompts is None else prompts[:, :, : stop - at]
-                for step in Step(at, inputs[:, at:stop], prompts).pieces():
+                for step in Step(at, inputs[:, at:stop], prompts, None, whole).pieces():
                     await self._carry(step, hops)
                     self._commit(step, hops)
         except BaseException:
@@ -2028,6 +2057,30 @@ def _check(config: PretrainedConfig, blocks: range, hidden: Tensor, prompts: Ten
     _require(fits, f"left_pad {list(left_pad)}: expected a count for each of {B} rows")
 
 
+def _left_pad(mask: Tensor | None, position_ids: Tensor | None, hidden: Tensor, past: int) -> list[int]:
+    """How many tokens each row of a 0/1 mask [B, past + T] has before its first 1. Zeros at the right end
+    need nothing (attention is causal). UserError for zeros inside a row, and for positions that skip or
+    repeat some."""
+    fits = mask is None or torch.is_tensor(mask)
+    _require(fits, f"attention_mask is a {type(mask).__name__}: expected a tensor of zeros and ones")
+    due, places = (len(hidden), past + hidden.shape[1]), torch.arange(past + hidden.shape[1], device="cpu")
+    ones = torch.ones(due, dtype=torch.bool, device="cpu") if mask is None else mask.to("cpu").bool()
+    _require(ones.shape == due, f"attention_mask is {tuple(ones.shape)}, expected {due} of zeros and ones")
+    first, count = (ones.cumsum(1) == 0).sum(1, keepdim=True), ones.sum(1, keepdim=True)
+    whole = torch.equal(ones, (places >= first) & (places < first + count)) and (mask is None or count.all())
+    _require(
+        whole,
+        "attention_mask: expected rows of zeros, ones, zeros (padding left and right; left for generate)",
+    )
+    if position_ids is not None:
+        given, plain = position_ids.to("cpu"), places[past:]
+        ways = plain, (plain - first).clamp(min=0)
+        fits = given.shape[-1] == len(plain)  # what stands at padding does not matter
+        fits = fits and any(((given == way) | ~ones[:, past:]).all() for way in ways)
+        _require(fits, "position_ids: expected tokens one after the other, padding not counted")
+    return first.flatten().tolist() if first.any() else []
+
+
 def _on_cpu(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     """What may go to the wire thread, or stay there as history: a copy, for its owner may write into it."""
     return None if tensor is None else tensor.detach().to("cpu", dtype, copy=True)
@@ -2066,6 +2119,8 @@ class InferenceSession(transformers.Cache):
         self.router, self.config, self.blocks = layers.router, layers.config, layers.blocks
         self.max_length, self.left_pad, self._grows = max_length, list(left_pad), max_length is None
         self.spare = 0  # tokens beyond: prompt lookup tries them and takes them back
+        rotary = positions.Rotary(self.config, 0, "cpu")
+        self._rotary_limit = rotary.limit if rotary.varies else math.inf
         own = layers.own_lora()
         self.own = [_on_cpu(tensor, torch.float32) for tensor in own]  # as it is now
         self._trains = any(tensor.requires_grad for tensor in own)
@@ -2077,6 +2132,8 @@ class InferenceSession(transformers.Cache):
         # since position 0: the rows may then differ from the text that `generate` returned
         self.reordered = False
         self.output_ids: Tensor | None = None  # [B, tokens] of the `generate` calls so far
+        self.ends: list[int] = []  # token ids that end a row in the current or last `generate`
+        self.even = math.inf  # up to where no row has padding because it ended before others
         self._active, self._tokens = layers._active, []
         self._seconds: list[float] = []  # of each step, if the config says `trace`
         # owned by the wire thread
@@ -2134,10 +2191,12 @@ class InferenceSession(transformers.Cache):
 
     @position.setter
     def position(self, position: int) -> None:
-        past, fits = self._position, position == 0 or self.prefix <= position <= self._position
-        _require(
-            fits, f"position {position}: a session of {past} tokens can only go back, in its text or to 0"
+        past, least = self._position, self.prefix + max(self.left_pad, default=0)
+        fits = type(position) is int and (position == 0 or least <= position <= past)
+        text = (
+            f"position {position}: a session of {past} tokens can only go back, to {least} or more, or to 0"
         )
+        _require(fits, text)
         if position == 0:
             self._reorder, self.reordered, self.prefix = None, False, 0
         if position != past and self.output_ids is not None:
@@ -2192,7 +2251,8 @@ class InferenceSession(transformers.Cache):
         order = _then(self._reorder, ids)
         if order is not None and order.tolist() == list(range(len(order))):
             order = None
-        step = Step(past, _on_cpu(hidden), _on_cpu(prompts, hidden.dtype), order)
+        whole = past + T if past + T > self._rotary_limit else 0
+        step = Step(past, _on_cpu(hidden), _on_cpu(prompts, hidden.dtype), order, whole)
         self.batch_size_, began = len(hidden), time.perf_counter()
         try:
             output = wire().call(self._run(step)).to(hidden.device, hidden.dtype)
@@ -2330,11 +2390,7 @@ class RemoteSequential(nn.Module):
 
     def _add_lora(self) -> None:
         targets, size = lora_targets(self.config), (num_blocks(self.config), self.config.lora_rank)
-        if targets:
-            one, family = copy.copy(self.config), family_of(self.config)
-            one.num_hidden_layers = 1
-            with torch.device("meta"):  # transformers' own block knows the sizes
-                block = getattr(getattr(transformers, f"{family.title}Model")(one), family.layers)[0]
+        block = bare_block(self.config) if targets else None
         for name, place in targets.items():
             matrix = block.get_submodule(place)
             self.lora_A[name] = nn.Parameter(_new_lora("lora_A", (*size, matrix.in_features)))
@@ -2344,6 +2400,9 @@ class RemoteSequential(nn.Module):
         """The user's own LoRA for these blocks: A [blocks, r, K] and B [blocks, N, r] of each target."""
         halves = ((self.lora_A[name], self.lora_B[name]) for name in self.lora_A)
         return [half[self.blocks.start : self.blocks.stop] for both in halves for half in both]
+
+    def __repr__(self) -> str:
+        return f"RemoteSequential({self.extra_repr()})"
 
     def extra_repr(self) -> str:
         return f"{self.config.dht_prefix}, remote blocks {self.blocks.start}:{self.blocks.stop}"
@@ -2535,6 +2594,9 @@ async def _request(
 # ============================================================================================================
 
 
+_TRAINED = r"prompt_embeddings|lora_|^score\."  # parameters that begin anew, and are to be trained
+
+
 class _Distributed:
     """What all distributed models share: loading, sessions. Mixed in before a transformers class."""
 
@@ -2574,15 +2636,20 @@ class _Distributed:
         base = config.base_model_name_or_path
         config.base_model_revision = config.base_model_revision if base else hub.get("revision")
         if base:
-            its, advice = hub | {"revision": config.base_model_revision}, "; or say base_model_name_or_path="
+            its = hub | {"revision": config.base_model_revision, "subfolder": None}
+            advice = "; or say base_model_name_or_path="
             with _failing_as(UserError, f"{name!r} needs the rest of its model", UserError, advice):
                 rest = Checkpoint(base, **its).select(wanted, f"{cls.base_model_prefix}.")
             tensors, trained = rest | tensors, tensors  # that is: before it was saved
         _require(tensors, f"{name!r} holds none of {cls.__name__}'s own tensors ({next(iter(wanted))}, …)")
+        new = {key: _new_lora(key, tensor.shape) for key, tensor in wanted.items() if "lora_" in key}
+        tied = cls._tied_weights_keys if config.tie_word_embeddings else ()
+        lacking = wanted.keys() - tensors.keys() - new.keys() - set(tied)
+        lacking = sorted(key for key in lacking if not re.search(_TRAINED, key))
+        _require(not lacking, f"{name!r} lacks {', '.join(lacking)}: {cls.__name__} needs them")
         for key in () if kwargs.get("ignore_mismatched_sizes") else tensors:
             size, due = list(tensors[key].shape), list(wanted[key].shape)
             _require(size == due, f"{name!r} holds {key} of {size}, expected {due}, as the config has it now")
-        new = {key: _new_lora(key, tensor.shape) for key, tensor in wanted.items() if "lora_" in key}
         how = {"config": config, "state_dict": new | tensors, "dtype": dtype}
         loaded = super().from_pretrained(None, *args, **how, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
@@ -2592,7 +2659,7 @@ class _Distributed:
                 model.generation_config = transformers.GenerationConfig.from_pretrained(name, **hub)
                 model.generation_config.cache_implementation = None  # a session is the cache
         for name, parameter in model.named_parameters():  # only these are trained, as in Petals
-            ours = re.search(r"prompt_embeddings|lora_|^score\.", name) or name in trained
+            ours = re.search(_TRAINED, name) or name in trained
             parameter.requires_grad_(bool(ours))
         return loaded
 
@@ -2692,28 +2759,6 @@ class _Base(_Distributed):
         return output.to_tuple() if given.get("return_dict") is False else output
 
 
-def _left_pad(mask: Tensor | None, position_ids: Tensor | None, hidden: Tensor, past: int) -> list[int]:
-    """How many tokens each row of a 0/1 mask [B, past + T] has before its first 1. Zeros at the right end
-    need nothing (attention is causal). UserError for zeros inside a row, and for positions that skip or
-    repeat some."""
-    due, places = (len(hidden), past + hidden.shape[1]), torch.arange(past + hidden.shape[1], device="cpu")
-    ones = torch.ones(due, dtype=torch.bool, device="cpu") if mask is None else mask.to("cpu").bool()
-    _require(ones.shape == due, f"attention_mask is {tuple(ones.shape)}, expected {due} of zeros and ones")
-    first, count = (ones.cumsum(1) == 0).sum(1, keepdim=True), ones.sum(1, keepdim=True)
-    whole = torch.equal(ones, (places >= first) & (places < first + count)) and (mask is None or count.all())
-    _require(
-        whole,
-        "attention_mask: expected rows of zeros, ones, zeros (padding left and right; left for generate)",
-    )
-    if position_ids is not None:
-        given, plain = position_ids.to("cpu"), places[past:]
-        ways = plain, (plain - first).clamp(min=0)
-        fits = given.shape[-1] == len(plain)  # what stands at padding does not matter
-        fits = fits and any(((given == way) | ~ones[:, past:]).all() for way in ways)
-        _require(fits, "position_ids: expected tokens one after the other, padding not counted")
-    return first.flatten().tolist() if first.any() else []
-
-
 class _CausalLM(_Distributed):
     """Text generation: transformers' own `generate`, with a session for its cache."""
 
@@ -2726,6 +2771,8 @@ class _CausalLM(_Distributed):
         named = kwargs.pop("cache_implementation", None)
         _require(named is None, f"cache_implementation {named!r}: a model.inference_session() is the cache")
         kwargs["use_cache"] = True  # whatever was asked for: the servers' cache costs the client nothing
+        text = "generate: expected ids [B, T] of one row and one token at least, or None to go on"
+        _require(inputs is None or inputs.numel(), text)
         cache, embeds = _as_session(kwargs.pop("past_key_values", None)), kwargs.get("inputs_embeds")
         session, seen = cache or session or self.remote.active_session, 0
         fits = embeds is None or session is None or not session.position
@@ -2733,8 +2780,10 @@ class _CausalLM(_Distributed):
         with contextlib.ExitStack() as ours:
             if session is None:
                 session = ours.enter_context(contextlib.closing(self.inference_session()))
-            elif cache is None:  # with past_key_values= the inputs are the whole text, as transformers has it
+            elif cache is None:
                 inputs, seen = self._resume(session, inputs, kwargs)
+            elif inputs is not None and session.get_seq_length() == inputs.shape[1]:  # of the whole text, as
+                session.keep(inputs.shape[1] - 1)  # transformers has it, something must be left to compute
             try:
                 with self.remote.use_session(None):  # what else calls the model meanwhile is another text
                     result = super().generate(inputs, *args, past_key_values=session, **kwargs)
@@ -2746,17 +2795,25 @@ class _CausalLM(_Distributed):
             if not plain:
                 ours.pop_all()  # the result holds the session: it is closed when it is dropped
         sequences = result if plain else result.sequences
-        rows, pads = len(sequences), session.left_pad
-        if session.reordered or rows != session.batch_size_:  # the caches hold other beams: they start over
-            session.reset()
-        session.left_pad = [pads[row * len(pads) // rows] for row in range(rows)] if pads else []
         # what came as embeddings has stand-ins for its ids
         ahead = embeds.shape[1] if inputs is None and embeds is not None else 0
-        session.output_ids = F.pad(sequences, (ahead, 0))
+        given = ahead or (1 if inputs is None else inputs.shape[1])
+        self._note(session, F.pad(sequences, (ahead, 0)), given)
         if plain:
             return sequences[:, seen:]
         result.sequences = sequences[:, seen:]
         return result
+
+    def _note(self, session: InferenceSession, text: Tensor, given: int) -> None:
+        """Let the session go on from this text [B, T], whose first tokens were given."""
+        rows, pads = len(text), session.left_pad
+        if session.reordered or rows != session.batch_size_:  # the caches hold other beams: they start over
+            session.reset()
+        session.left_pad = [pads[row * len(pads) // rows] for row in range(rows)] if pads else []
+        session.output_ids, ends = text, torch.tensor(session.ends, dtype=text.dtype, device=text.device)
+        # rows that ended before others: what follows their end is padding
+        ended = torch.isin(text[:, given:-1], ends).any(0).nonzero()
+        session.even = given + ended[0].item() + 1 if len(ended) else math.inf
 
     def _resume(self, session: InferenceSession, inputs: Tensor | None, kwargs: dict) -> tuple:
         """Put the session's text so far before the inputs, and its mask before theirs; returns also its
@@ -2770,6 +2827,10 @@ class _CausalLM(_Distributed):
             past = F.pad(past, (0, unknown))
         if inputs is not None and len(inputs) != len(past):  # another batch: nothing to go on from
             past = inputs[:, :0]
+        text = (
+            "some rows of this session ended before others: give each its own, or the whole text padded left"
+        )
+        _require(past.shape[1] <= session.even, text)
         whole = past if inputs is None else torch.cat([past, inputs.to(past.device)], dim=1)
         # something must be left to compute
         usable = 0 if session.reordered or len(past) != session.batch_size_ else past.shape[1]
@@ -2781,13 +2842,32 @@ class _CausalLM(_Distributed):
         for row, pad in enumerate(session.left_pad):
             mask[row, :pad] = 0
         if given is not None:
+            fits = torch.is_tensor(given) and given.shape[0] == len(mask) and given.shape[1] <= mask.shape[1]
+            _require(
+                fits, f"attention_mask: expected zeros and ones of {list(mask.shape)}, of the text so far"
+            )
             mask[:, -given.shape[1] :] = given
         kwargs["attention_mask"] = mask
         return whole, past.shape[1]
 
+    def prepare_inputs_for_generation(self, ids, next_sequence_length=None, past_key_values=None,
+                                      attention_mask=None, inputs_embeds=None, **kwargs):  # fmt: skip
+        # note: assisted decoding begins with the whole text, also with a cache that holds some of it
+        if next_sequence_length is None and past_key_values is not None and past_key_values.position:
+            next_sequence_length = ids.shape[1] - past_key_values.get_seq_length()
+        its = ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds
+        return super().prepare_inputs_for_generation(*its, **kwargs)
+
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
+        mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+        # an assistant's text may hold the token that pads: only what stands before a text is padding
+        return (mask.cumsum(1) > 0).long() if getattr(generation_config, "is_assistant", False) else mask
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         session, (*_, rows, max_cache_length) = model_kwargs["past_key_values"], args
+        ends = generation_config.eos_token_id
+        session.ends = [ends] if isinstance(ends, int) else list(() if ends is None else ends)
         rows *= max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         # an assistant is called again and again
         ahead = 2048 if getattr(generation_config, "is_assistant", False) else 0
@@ -2927,13 +3007,26 @@ MATRICES = tuple(f"{name}.weight" for name in ("qkv", "out", "up", "down", "expe
 
 
 def stored_names(checkpoint: Checkpoint, config: PretrainedConfig, index: int) -> dict[str, str]:
-    """A block's tensors: their names within the block -> in the checkpoint. UserError where it has none."""
+    """A block's tensors: their names within the block -> in the checkpoint. What transformers' block does not
+    have is not the model's. UserError where one is missing or of another size."""
     layer = f"{family_of(config).layers}.{index}."
     within = re.compile(rf"(?:model\.|transformer\.)?{re.escape(layer)}(.+)")
     stored = {found[1]: name for name in checkpoint.files if (found := within.fullmatch(name))}
-    if not stored:
-        raise UserError(f"{checkpoint.name!r} holds no block {index} (no tensor named {layer}…)")
-    return stored
+    _require(stored, f"{checkpoint.name!r} holds no block {index} (no tensor named {layer}…)")
+    due = {name: list(tensor.shape) for name, tensor in bare_block(config).state_dict().items()}
+    spec = family_of(config).spec(config, index)
+    if spec.experts:  # transformers holds them in other shapes, under other names
+        due = {name: size for name, size in due.items() if not name.startswith("mlp.")}
+        inner, moe = config.intermediate_size, "block_sparse_moe"
+        sizes = {"w1": [inner, spec.hidden], "w2": [spec.hidden, inner], "w3": [inner, spec.hidden]}
+        each = itertools.product(range(spec.experts), sizes.items())
+        due |= {f"{moe}.experts.{i}.{name}.weight": size for i, (name, size) in each}
+        due[f"{moe}.gate.weight"] = [spec.experts, spec.hidden]
+    for name, size in due.items():
+        _require(name in stored, f"{checkpoint.name!r} lacks {layer}{name}")
+        came = list(checkpoint.shape(stored[name]))
+        _require(came == size, f"{checkpoint.name!r}: {layer}{name} is {came}, the config says {size}")
+    return {name: stored[name] for name in due}
 
 
 def load_block(
@@ -3002,28 +3095,20 @@ def _read_weights(
     """Read one block's weights, each straight into its place on the device in the target dtype: no second
     copy of one exists there. Each matrix is quantized before the next one is read."""
     family, weights = family_of(config), {}
-    spec, layer = family.spec(config, index), f"{family.layers}.{index}."
-    stored = stored_names(checkpoint, config, index)
+    spec, stored = family.spec(config, index), stored_names(checkpoint, config, index)
     for (ours, parts), end in itertools.product(family.names.items(), (".weight", ".bias")):
         experts = spec.experts if ours.startswith("experts") else 0
         theirs = [part.format(expert=i) for i, part in itertools.product(range(experts or 1), parts.split())]
         names = [next(filter(stored.get, (n + end for n in name.split("|"))), None) for name in theirs]
         if None in names:
-            if end == ".weight" and ours not in ("norm2", "q_norm", "k_norm"):  # those that some models lack
-                raise UserError(f"{checkpoint.name!r} lacks {layer}{theirs[names.index(None)]}{end}")
             continue
         shapes = [checkpoint.shape(stored[name]) for name in names]
         rows = [shape[0] for shape in shapes]
         whole = torch.empty(sum(rows), *shapes[0][1:], dtype=dtype, device=device)
         places, sources = whole.split(rows), (checkpoint.read(stored[name]) for name in names)
-        if ours == "qkv":
-            came, wanted = list(whole.shape), [sum(spec.qkv_sizes), spec.hidden][: whole.dim()]
-            if came != wanted:
-                text = f"{checkpoint.name!r}, block {index}: q, k, v are {came}, the config says {wanted}"
-                raise UserError(text)
-            if spec.fused_qkv:
-                places = _as_fused(spec, whole)
-                sources = next(sources).split([len(place) for place in places])
+        if ours == "qkv" and spec.fused_qkv:
+            places = _as_fused(spec, whole)
+            sources = next(sources).split([len(place) for place in places])
         for place, source in zip(places, sources, strict=True):
             plain = source.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
             text = f"{checkpoint.name!r}, block {index}: {source.dtype} weights, expected plain floats"
@@ -3285,6 +3370,7 @@ class Work:
     keep: str = ""
     tables: RowTables | None = None
     start: int = 0  # of a step, as are these
+    whole: int = 0  # where it ends, with all its pieces
     hypo_ids: Sequence[int] = ()
     # if its client asks for a trace: when it was submitted, and when each of its passes began and ended
     moments: list[float] | None = None
@@ -3542,12 +3628,13 @@ class _Part:
         own = torch.arange(low, low + portion) - torch.tensor(pads)[:, None]  # a row's own positions
         self.real = own >= 0  # [B, portion]: no padding
         self.at = own[self.real]
-        self.rows = []  # of rows with tokens: table, how many, the row's length after them, after the step
+        # of rows with tokens: table, how many, the row's length after them, after the whole step
+        self.rows = []
         for row, (pad, new) in enumerate(zip(pads, self.real.sum(1).tolist(), strict=True)):
             if new:
                 length = low + portion - pad
                 table = work.tables.prepare(row, length - new, length)
-                self.rows.append((table, new, length, length + work.left - portion))
+                self.rows.append((table, new, length, work.whole - pad))
         self.x = work.hidden[:, self.tokens][self.real].to(executor.device, executor.dtype)
         # deep prompts are for a row's first tokens in this step: [tokens] which row, which prompt (P: none)
         P, before = work.prompts.shape[2], (work.start - torch.tensor(pads)[:, None]).clamp(min=0)
@@ -3696,7 +3783,7 @@ Requests, Responses = AsyncIterator[ExpertRequest], AsyncIterator[ExpertResponse
 _METADATA_CHECKS = (  # what a request may say, and what it must be; all of it may be absent
     ("session_id step_id push_from keep", _text, "a line of text"),
     ("points alloc_timeout", _number, "a number, 0 or more"),
-    ("max_length start_from_position", _count, "a count of tokens"),
+    ("max_length start_from_position whole", _count, "a count of tokens"),
     ("output_compression next_servers", _listed, "a list"),
     ("left_pad", lambda value: _listed(value) and all(map(_count, value)), "a list of counts"),
     ("active_adapter", _text, "a name"),
@@ -4018,6 +4105,8 @@ class TransformerConnectionHandler(ServicerBase):
             session.rewind(start)
         end = start + hidden.shape[1]
         expect(end <= room, f"at most {room} tokens (max_length)", f"{start} + {hidden.shape[1]}")
+        whole = metadata.get("whole", end)
+        expect(end <= whole <= room, f"whole: the end of the step, {end} to {room}", whole)
         if own:
             session.lora = dict(session.lora)  # it may have been an adapter that others use too
             session.lora_bytes += sum(A.nbytes + B.nbytes for parts in own.values() for _, A, B, _ in parts)
@@ -4025,7 +4114,7 @@ class TransformerConnectionHandler(ServicerBase):
             if held > MAX_LORA_BYTES:
                 raise AllocationFailed(f"no room for LoRA: {held} bytes of {MAX_LORA_BYTES} in all sessions")
         what = {"tables": session.tables, "lora": session.lora, "own": own}
-        work = Work(blocks, hidden, prompts, start=start, hypo_ids=order, **what)
+        work = Work(blocks, hidden, prompts, start=start, whole=whole, hypo_ids=order, **what)
         work.moments = [time.perf_counter()] if metadata.get("trace") else None
         session.busy = self.executor.submit(work)
         output = await asyncio.shield(session.busy)
@@ -4136,7 +4225,9 @@ class Server:
             self.dtype, self.kind = torch.float32, "float16" if self.kind == "none" else self.kind
         spec = family_of(self.config).spec(self.config, 0)
         default_length = 8192 if spec.kv_heads < spec.heads else 2048  # Petals' rule
-        self.max_length = min(self.inference_max_length or default_length, self.attn_cache_tokens)
+        whole = self.attn_cache_tokens // PAGE * PAGE
+        _require(whole, f"attn_cache_tokens {self.attn_cache_tokens}: expected {PAGE} or more, a page")
+        self.max_length = min(self.inference_max_length or default_length, whole)
         self.swarm = self.info = self.executor = self._announcing = None  # until `start`
 
     def _as_many_as_fit(self) -> int:

@@ -20,6 +20,7 @@ class Rotary:
         self.config, self.head_dim, self.device = config, head_dim, device
         rope = getattr(config, "rope_parameters", None) or {}
         self.kind, self.theta = rope.get("rope_type", "default"), rope.get("rope_theta", 1e4)
+        self.varies = self.kind in ("dynamic", "longrope")  # with a row's length, beyond the limit
         limit = rope.get("original_max_position_embeddings") if self.kind == "longrope" else None
         self.limit = limit or getattr(config, "max_position_embeddings", 0)
         self._frequencies = functools.lru_cache(maxsize=64)(self._compute)
@@ -34,7 +35,7 @@ class Rotary:
 
     def _of(self, length: int) -> tuple[torch.Tensor, float]:
         """The frequencies for a row of this length: the plain ones up to the variant's limit."""
-        if self.kind not in ("dynamic", "longrope") or length <= self.limit:
+        if not self.varies or length <= self.limit:
             return self._frequencies(None)
         return self._frequencies(length if self.kind == "dynamic" else self.limit + 1)
 
