@@ -89,8 +89,6 @@ from kernels import attention, lora, matmul, norm, pages, rotary, weights
 HERE = Path(__file__).resolve().parent
 PATIENCE = 90.0  # seconds until something that should happen at once counts as hung
 CLOSE = dict(atol=1e-4, rtol=0)  # two ways to compute the same thing in float32
-pytestmark = pytest.mark.xdist_group("in order")  # in one process (see pyproject.toml), but these beside it:
-at_the_same_time = pytest.mark.xdist_group("faults")  # tests that wait more than they compute
 torch.set_num_threads(1)  # tiny matrices: more threads only get in the servers' way
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -423,6 +421,9 @@ class Nursery:
     def __init__(self):
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         imports = "import ctypes, json, os, select, signal, socket, sys\nimport petals_min as pm\n"
+        # transformers imports its parts when they are first asked for: seconds for each server otherwise
+        imports += "[getattr(pm.transformers, f'{its.title}Model') for its in pm.FAMILIES.values()]\n"
+        imports += "pm.transformers.AutoTokenizer, pm.transformers.AutoModelForCausalLM\n"
         program = f"{imports}{inspect.getsource(nurse)}\nnurse({theirs.fileno()})"
         how = {"pass_fds": [theirs.fileno()], "env": os.environ | QUIET, "start_new_session": True}
         self.popen = subprocess.Popen([sys.executable, "-c", program], **how)
@@ -3024,9 +3025,9 @@ def test_every_mode_works_over_original_petals_servers(old_swarm, tiny):
 class Stranger:
     """Speaks to a server by hand, with hivemind alone: no code of ours between the test and the wire."""
 
-    def __init__(self, initial_peers: list[str], peer_id: str):
+    def __init__(self, initial_peers: list[str], peer_id: str, p2p: P2P | None = None):
         self.run = functools.partial(pm.wire().call, timeout=PATIENCE)
-        self.p2p = self.run(P2P.create(initial_peers=initial_peers))
+        self.p2p = p2p or self.run(P2P.create(initial_peers=initial_peers))
         self.peer = PeerID.from_base58(peer_id)
         self.streams: dict[int, tuple] = {}
         self.results: dict[int, object] = {}
@@ -3133,10 +3134,10 @@ CONVERSATIONS = """a_rpc_info b_inference b_inference_minimal b_inference_one_bl
 
 
 def strangers_to(servers: dict[str, pm.Server | TransformerConnectionHandler]) -> dict[str, Stranger]:
-    return {
-        blocks: Stranger(server_addresses(server), str(server.swarm.peer_id))
-        for blocks, server in servers.items()
-    }
+    """One client of all of them; `close` of one ends it."""
+    reached = [address for server in servers.values() for address in server_addresses(server)]
+    p2p = pm.wire().call(P2P.create(initial_peers=reached))
+    return {blocks: Stranger(reached, str(server.swarm.peer_id), p2p) for blocks, server in servers.items()}
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -3182,8 +3183,7 @@ def check_answers(servers: dict[str, pm.Server], name: str, conversation: list[S
                 assert sizes[0] == sizes[1]
                 answer, theirs = whole(answer), [whole(theirs)]
             same_answer(answer, *theirs)
-    for stranger in strangers.values():
-        stranger.close()  # sessions whose client just leaves end, too
+    next(iter(strangers.values())).close()  # sessions whose client just leaves end, too
     free_again(*servers.values())
 
 
@@ -3331,7 +3331,7 @@ def test_our_server_pushes_what_petals_server_pushed(
     for stream, blocks in enumerate(servers):  # the step that came twice got one answer
         with pytest.raises(asyncio.IncompleteReadError):
             strangers[blocks].receive(stream)
-        strangers[blocks].close()
+    strangers[blocks].close()
     free_again(*recorded_servers.values())
 
 
@@ -5054,7 +5054,8 @@ def test_a_server_that_loads_says_so_until_it_is_online(crowd, server_of, monkey
     announce, load, said = pm.announce, pm.load_block, []
 
     async def watched(swarm, prefix, blocks, info, seconds):
-        said.append((info.state, info.throughput))
+        if prefix == "slow-hf":  # other servers are here too
+            said.append((info.state, info.throughput))
         return await announce(swarm, prefix, blocks, info, seconds)
 
     def slow(*given):
@@ -5072,9 +5073,11 @@ def test_a_server_announces_again_at_once_what_the_directory_did_not_take(crowd,
     announce, said = pm.announce, []
 
     async def refused_once(swarm, prefix, blocks, info, seconds):
-        said.append(info.state)
         taken = await announce(swarm, prefix, blocks, info, seconds)
-        return taken - (said.count(pm.ONLINE) == 1)
+        if prefix == "refused-hf":  # other servers are here too
+            said.append(info.state)
+            taken -= said.count(pm.ONLINE) == 1
+        return taken
 
     monkeypatch.setattr(pm, "announce", refused_once)
     server = server_of(crowd.path, 0, 2, dht_prefix="refused-hf")  # online when this returns
@@ -5968,7 +5971,6 @@ def disturbed(faults, model, mode: str, place: int, verb: str, alone: bool = Fal
     return ids.tolist(), clock.stall(struck.at)
 
 
-@at_the_same_time
 def test_ten_generations_in_chaos_are_those_of_a_quiet_swarm(faults, model, reference):
     """Every mode, a crash, a freeze or a cut: of a random server of the route, at a random step."""
     chance = random.Random(3)
@@ -5988,7 +5990,6 @@ def test_ten_generations_in_chaos_are_those_of_a_quiet_swarm(faults, model, refe
         pytest.skip("crashes and freezes were survived; cuts need root and network namespaces")
 
 
-@at_the_same_time
 def test_a_minute_of_faults_while_eight_clients_generate(faults, model, reference):
     import bench
 
@@ -5999,13 +6000,11 @@ def test_a_minute_of_faults_while_eight_clients_generate(faults, model, referenc
     assert bad == {"wrong": 0, "errors": [], "hung": 0, "leaked_tokens": 0}
 
 
-@at_the_same_time
 def test_several_losses_at_once(faults, model, reference):
     ids, stall = disturbed(faults, model, "greedy", 0, "freeze", also=[1, 2])
     assert ids == undisturbed(reference, "greedy") and stall < STALL["freeze"]
 
 
-@at_the_same_time
 def test_servers_that_lose_each_other_but_not_the_client(faults, model):
     """One token is late; then the client carries the steps between these two itself."""
     if faults.net is None:
@@ -6031,7 +6030,6 @@ def test_servers_that_lose_each_other_but_not_the_client(faults, model):
     assert pm.PUSH_SECONDS < seconds[0] < 3 and max(seconds[1:]) < pm.PUSH_SECONDS / 2
 
 
-@at_the_same_time
 def test_a_large_step_to_a_frozen_server_and_over_a_slow_link(faults, model):
     """The first is lost as soon as for a token; the second takes long, but blames nobody."""
     hidden = torch.randn(8, 500, 48)  # .8 MB
@@ -6060,14 +6058,12 @@ def test_a_large_step_to_a_frozen_server_and_over_a_slow_link(faults, model):
             faults.net.set_rate("client", None)
 
 
-@at_the_same_time
 @pytest.mark.parametrize("place", [0, -1])
 def test_the_loss_of_the_first_and_of_the_last_server(faults, model, reference, place):
     ids, stall = disturbed(faults, model, "greedy", place, "crash")
     assert ids == undisturbed(reference, "greedy") and stall < STALL["crash"]
 
 
-@at_the_same_time
 @pytest.mark.parametrize("moment", ["connect", "replay"])
 def test_a_loss_during_recovery(faults, model, reference, moment, monkeypatch):
     """The replacement freezes, main process alone, as it is opened, or as the history is replayed to it."""
@@ -6098,7 +6094,6 @@ def test_a_loss_during_recovery(faults, model, reference, moment, monkeypatch):
     assert stall < STALL["freeze"]
 
 
-@at_the_same_time
 def test_a_frozen_server_does_not_hold_up_training(faults, model, monkeypatch):
     """Forward and backward requests are looked after as steps are."""
     x = torch.randn(2, 8, 48)
@@ -6120,7 +6115,6 @@ def test_a_frozen_server_does_not_hold_up_training(faults, model, monkeypatch):
     raise AssertionError("it was never asked")
 
 
-@at_the_same_time
 def test_rewinds_and_reorders_then_loss(faults, model):
     """Between steps, when nothing is outstanding: the next step finds them gone and rebuilds what was."""
     random_ = torch.Generator().manual_seed(1)
@@ -6150,7 +6144,6 @@ def test_rewinds_and_reorders_then_loss(faults, model):
         assert time.monotonic() - began < STALL["freeze"]
 
 
-@at_the_same_time
 def test_after_a_repair_tokens_come_as_fast_as_before(faults, model):
     """Each server knows who pushes to it now, also where one server stands twice in a row in the chain, and
     where the stream broke between two steps. A push that is not taken costs PUSH_SECONDS."""
@@ -6167,7 +6160,6 @@ def test_after_a_repair_tokens_come_as_fast_as_before(faults, model):
         assert time.monotonic() - began < 20 * pm.PUSH_SECONDS / 4
 
 
-@at_the_same_time
 def test_a_server_comes_back_empty_under_its_identity(faults, reference):
     """There is no other one. The client says which blocks, which peers and why where it may not go on; else
     it waits, and finds the server within seconds although its backoff is long."""
@@ -6207,7 +6199,6 @@ def test_a_server_comes_back_empty_under_its_identity(faults, reference):
     assert "blocks 0:5 " in found[0] and f"…{lost[-6:]}: " in found[0], found
 
 
-@at_the_same_time
 def test_a_session_dropped_beside_a_frozen_server_leaves_nothing(faults, model):
     """Neither a task nor a socket here, nor a page there once it is awake."""
     swarm, files = model.remote.router.swarm, lambda: len(os.listdir("/proc/self/fd"))
@@ -6226,7 +6217,6 @@ def test_a_session_dropped_beside_a_frozen_server_leaves_nothing(faults, model):
     until(lambda: faults.free_tokens(swarm) == full, 10, "free pages")
 
 
-@at_the_same_time
 def test_a_client_whose_network_was_away_finds_the_swarm_again(faults, model, reference):
     """hivemind forgets who was silent once: a client that was cut off for a while knew nobody for ever."""
     router = model.remote.router
@@ -6243,7 +6233,6 @@ def test_a_client_whose_network_was_away_finds_the_swarm_again(faults, model, re
     assert table.uid_to_peer_id
 
 
-@at_the_same_time
 def test_floods_and_overtaking_pushes(reference, tmp_path):
     """From the peer that the client named: what comes early waits for its turn, what is too much is
     dropped."""
@@ -6322,21 +6311,15 @@ def in_another_process(function: str, *arguments, interpret: bool) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="session")
-def elsewhere() -> Iterator[Callable[..., concurrent.futures.Future]]:
-    """in_another_process, as many at a time as there are cores; each call once."""
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(request) -> Iterator[dict[tuple, concurrent.futures.Future]]:
+    """What the selected tests have done in other processes, as many at a time as there are cores. They begin
+    with the first test and take the time that the others leave."""
+    tests = [item.callspec.params for item in request.session.items if item.name.startswith("test_kernels_")]
     pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
-    yield functools.cache(functools.partial(pool.submit, in_another_process))
+    run = functools.partial(pool.submit, in_another_process)
+    yield {test["call"]: run(*test["call"], interpret=test["interpret"]) for test in tests}
     pool.shutdown(cancel_futures=True)
-
-
-@pytest.fixture(autouse=True)
-def kernels_from_the_first_test_on(request, elsewhere) -> None:
-    """What the selected tests of kernels do in other processes takes the time that the others leave."""
-    if "faults" not in request.node.get_closest_marker("xdist_group").args:  # they have another worker
-        for item in request.session.items:
-            if item.name.startswith("test_kernels_"):
-                elsewhere(*item.callspec.params["call"], interpret=item.callspec.params["interpret"])
 
 
 def alibi(N: int, device="cpu"):
@@ -6740,7 +6723,7 @@ def interpreted_matmul():
 )
 def test_kernels_in_the_interpreter(elsewhere, call, interpret):
     """The Triton code itself, run by numpy: float32 and float16 (the interpreter gets bfloat16 wrong)."""
-    elsewhere(*call, interpret=interpret).result()
+    elsewhere[call].result()
 
 
 # ---------------------------------------------------------------------------------------------- ahead of time
@@ -6874,7 +6857,7 @@ def compiled_all(sm: int):
 def test_kernels_compile_within_the_chips_bounds(elsewhere, call, interpret):
     """No spills, shared memory within the chip's, loads ahead of use in decode, the chip's matrix units in
     prefill."""
-    print(elsewhere(*call, interpret=interpret).result())
+    print(elsewhere[call].result())
 
 
 # --------------------------------------------------------------------------------------------------- on a GPU
