@@ -578,13 +578,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "petals_min")
 
 
-HUB = (
-    "token",
-    "revision",
-    "cache_dir",
-    "local_files_only",
-    "subfolder",
-)  # where a model is, as hub clients say
+HUB = "token revision cache_dir local_files_only subfolder".split()  # where a model is, as hub clients say
 
 
 def load_config(name: str, kwargs: dict) -> PretrainedConfig:
@@ -594,9 +588,7 @@ def load_config(name: str, kwargs: dict) -> PretrainedConfig:
     with _failing_as(UserError, f"no model at {name!r} that I can use", (OSError, ValueError), wanted):
         config = copy.deepcopy(kwargs.pop("config", None))
         config = config or transformers.AutoConfig.from_pretrained(name, **hub)
-    _require(
-        kwargs.get("variant") is None, "variant: expected none; a subfolder or revision may hold another"
-    )
+    _require(kwargs.get("variant") is None, "variant: expected none; subfolder or revision may name another")
     family_of(config)
     text = "is a quantized checkpoint: take the plain one; servers make weights smaller by --quant_type"
     _require(not getattr(config, "quantization_config", None), f"{name!r} {text}")
@@ -1802,12 +1794,9 @@ class Route:
             its = [self.rows[row] for row in rows]
             route = Route(self.router, self.blocks, its, self.max_length - pad, skip=pad, own=self.own)
             for at, (end, prompts, whole) in self.apart.items():
-                begin, end, prompts = (
-                    max(0, at - pad),
-                    min(end, position) - pad,
-                    _prompts_of(prompts, rows=rows),
-                )
+                begin, end = max(0, at - pad), min(end, position) - pad
                 if end > begin:
+                    prompts = _prompts_of(prompts, rows=rows)
                     prompts = None if prompts is None else prompts[:, :, : end - begin]
                     route.apart[begin] = end, prompts, max(0, whole - pad)
             route.position, route.closed = max(0, position - pad), self.closed
@@ -2193,10 +2182,8 @@ class InferenceSession(transformers.Cache):
     def position(self, position: int) -> None:
         past, least = self._position, self.prefix + max(self.left_pad, default=0)
         fits = type(position) is int and (position == 0 or least <= position <= past)
-        text = (
-            f"position {position}: a session of {past} tokens can only go back, to {least} or more, or to 0"
-        )
-        _require(fits, text)
+        text = f"position {position}: a session of {past} tokens can only go back"
+        _require(fits, f"{text}, to {least} or more, or to 0")
         if position == 0:
             self._reorder, self.reordered, self.prefix = None, False, 0
         if position != past and self.output_ids is not None:
@@ -2827,9 +2814,7 @@ class _CausalLM(_Distributed):
             past = F.pad(past, (0, unknown))
         if inputs is not None and len(inputs) != len(past):  # another batch: nothing to go on from
             past = inputs[:, :0]
-        text = (
-            "some rows of this session ended before others: give each its own, or the whole text padded left"
-        )
+        text = "some rows of this session ended before others: give each its own, or the text padded left"
         _require(past.shape[1] <= session.even, text)
         whole = past if inputs is None else torch.cat([past, inputs.to(past.device)], dim=1)
         # something must be left to compute
@@ -2843,9 +2828,7 @@ class _CausalLM(_Distributed):
             mask[row, :pad] = 0
         if given is not None:
             fits = torch.is_tensor(given) and given.shape[0] == len(mask) and given.shape[1] <= mask.shape[1]
-            _require(
-                fits, f"attention_mask: expected zeros and ones of {list(mask.shape)}, of the text so far"
-            )
+            _require(fits, f"attention_mask: expected zeros and ones of {list(mask.shape)}, the text so far")
             mask[:, -given.shape[1] :] = given
         kwargs["attention_mask"] = mask
         return whole, past.shape[1]

@@ -5925,7 +5925,7 @@ def reference():
 
 
 @pytest.fixture(scope="module")
-def faults(reference, tmp_path_factory):
+def faults(reference, tmp_path_factory, elsewhere):
     folder = tmp_path_factory.mktemp("faults")
     with Faults(folder, save(reference, folder / "tiny-llama"), CHAOS_SPANS) as faults:
         yield faults
@@ -6311,10 +6311,10 @@ def in_another_process(function: str, *arguments, interpret: bool) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def elsewhere(request) -> Iterator[dict[tuple, concurrent.futures.Future]]:
     """What the selected tests have done in other processes, as many at a time as there are cores. They begin
-    with the first test and take the time that the others leave."""
+    with the first test of faults, and take the time that those wait."""
     tests = [item.callspec.params for item in request.session.items if item.name.startswith("test_kernels_")]
     pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
     run = functools.partial(pool.submit, in_another_process)
