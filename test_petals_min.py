@@ -6033,7 +6033,7 @@ def test_servers_that_lose_each_other_but_not_the_client(faults, model):
 def test_a_large_step_to_a_frozen_server_and_over_a_slow_link(faults, model):
     """The first is lost as soon as for a token; the second takes long, but blames nobody."""
     hidden = torch.randn(8, 500, 48)  # .8 MB
-    part = hidden[:, :200]
+    part = hidden[:, :120]
     with model.inference_session(max_length=500) as session:
         expected = session.step(hidden)
     with model.inference_session(max_length=500) as session:
@@ -6053,7 +6053,7 @@ def test_a_large_step_to_a_frozen_server_and_over_a_slow_link(faults, model):
         try:
             began = time.monotonic()
             torch.testing.assert_close(session.step(part), expected_part, atol=1e-4, rtol=1e-4)
-            assert time.monotonic() - began > 4 and not model.remote.router.bans
+            assert time.monotonic() - began > 3 and not model.remote.router.bans
         finally:
             faults.net.set_rate("client", None)
 
