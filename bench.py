@@ -555,6 +555,8 @@ def wan(tokens: int = 32, most: int = 4, prompt: int = 1024) -> list[Row]:
                 model, floor = swarm.client(), 2 * ms + (count - 1) + compute
                 took = token_ms(model, tokens)
                 large[ms] = large_requests(swarm, model, prompt)
+                packed = large_requests(swarm, swarm.client(compression="float16"), prompt)
+                large[ms] |= {f"{what}, 16 bits": figure for what, figure in packed.items()}
                 over.append(took / floor)
                 print(f"{count} servers, {ms} ms: floor {floor:.1f} ms, {took:.1f} ms a token", flush=True)
             for ms, found in large.items():
