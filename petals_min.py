@@ -154,8 +154,9 @@ PUBLIC_INITIAL_PEERS = (
 )
 # What this version adds to the wire (PROTOCOL.md, "What petals_min adds"). keep: so a forward request names
 # its pass; the backward request with this name need not compute it again. To a client that named who pushes
-# (push_from), a step's answer says pushed: False in its metadata where the client had to send it itself.
-FEATURES = ("left_pad", "push_from", "step_tensors", "lora", "keep")  # and whole: Step.whole
+# (push_from), a step's answer says pushed: False in its metadata where the client had to send it itself. A
+# step may say as whole where the step ends of which it is a piece (Step.whole).
+FEATURES = ("left_pad", "push_from", "step_tensors", "lora", "keep")
 
 
 class PetalsError(Exception):
@@ -2628,7 +2629,6 @@ class _Distributed:
             with _failing_as(UserError, f"{name!r} needs the rest of its model", UserError, advice):
                 rest = Checkpoint(base, **its).select(wanted, f"{cls.base_model_prefix}.")
             tensors, trained = rest | tensors, tensors  # that is: before it was saved
-        _require(tensors, f"{name!r} holds none of {cls.__name__}'s own tensors ({next(iter(wanted))}, …)")
         new = {key: _new_lora(key, tensor.shape) for key, tensor in wanted.items() if "lora_" in key}
         tied = cls._tied_weights_keys if config.tie_word_embeddings else ()
         lacking = wanted.keys() - tensors.keys() - new.keys() - set(tied)
@@ -3026,7 +3026,7 @@ def load_block(
         place = cache_folder() / "quantized" / f"{digest}.safetensors"
         weights = _read_codes(place, kind, device)
     if weights is None:
-        weights = _read_weights(checkpoint, config, index, dtype, device, kind)
+        weights = _read_weights(checkpoint, spec, family_of(config).names, stored, dtype, device, kind)
         if place:
             _keep_codes(place, weights)
     if torch.device(device).type == "cpu":
@@ -3073,13 +3073,12 @@ def _as_fused(spec: BlockSpec, qkv: Tensor) -> list[Tensor]:
 
 
 def _read_weights(
-    checkpoint: Checkpoint, config: PretrainedConfig, index: int, dtype, device, kind: str
+    checkpoint: Checkpoint, spec: BlockSpec, ours_theirs: dict, stored: dict, dtype, device, kind: str
 ) -> dict[str, Tensor | matmul.Weight]:
-    """Read one block's weights, each straight into its place on the device in the target dtype: no second
-    copy of one exists there. Each matrix is quantized before the next one is read."""
-    family, weights = family_of(config), {}
-    spec, stored = family.spec(config, index), stored_names(checkpoint, config, index)
-    for (ours, parts), end in itertools.product(family.names.items(), (".weight", ".bias")):
+    """Read one block's `stored` weights, each straight into its place on the device in the target dtype: no
+    second copy of one exists there. Each matrix is quantized before the next one is read."""
+    weights = {}
+    for (ours, parts), end in itertools.product(ours_theirs.items(), (".weight", ".bias")):
         experts = spec.experts if ours.startswith("experts") else 0
         theirs = [part.format(expert=i) for i, part in itertools.product(range(experts or 1), parts.split())]
         names = [next(filter(stored.get, (n + end for n in name.split("|"))), None) for name in theirs]
@@ -3094,7 +3093,7 @@ def _read_weights(
             sources = next(sources).split([len(place) for place in places])
         for place, source in zip(places, sources, strict=True):
             plain = source.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-            text = f"{checkpoint.name!r}, block {index}: {source.dtype} weights, expected plain floats"
+            text = f"{checkpoint.name!r}: {source.dtype} weights in {stored[names[0]]}, expected plain floats"
             _require(plain, text)
             place.copy_(source)
         whole = whole.unflatten(0, (experts, -1)) if experts else whole
