@@ -2653,7 +2653,7 @@ class _Distributed:
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save what is trained, that is the parameters that want a gradient, as safetensors beside a config
         that says where the rest is; `from_pretrained` puts both together. The whole local part where nothing
-        is trained."""
+        is trained. A LoRA is also saved in PEFT's format, for PEFT and for servers to host."""
         given = kwargs.pop("state_dict", None)  # transformers' Trainer gives all that is here
         state = self.state_dict() if given is None else given
         trained = {name: state[name] for name, p in self.named_parameters() if p.requires_grad}
@@ -2661,6 +2661,9 @@ class _Distributed:
         base = os.path.abspath(base) if os.path.isdir(base) else base
         self.config.base_model_name_or_path = base if trained else None
         super().save_pretrained(save_directory, state_dict=trained or given, **kwargs)
+        if self.config.tuning_mode == "lora" and kwargs.get("is_main_process", True):
+            layers = next(name for name, module in self.named_modules() if module is self.remote)
+            AdapterCheckpoint.write(Path(save_directory), self.config, layers, state)
 
     @property
     def remote(self) -> RemoteSequential:
@@ -3187,6 +3190,20 @@ class AdapterCheckpoint:
             text = f"adapter {name!r} has {tensor}: expected LoRA of a {config.model_type}'s blocks"
             _require(fits, f"{text}, 0 to {num_blocks(config) - 1}")
             self.found.setdefault(int(match[1]), {}).setdefault(match[2], {})[match[3]] = tensor
+
+    @staticmethod
+    def write(folder: Path, config: PretrainedConfig, layers: str, own: dict[str, Tensor]) -> None:
+        """A user's own LoRA, from `RemoteSequential`'s parameters under the name of the model's `layers`."""
+        targets, tensors = lora_targets(config), {}
+        for (name, place), half in itertools.product(targets.items(), "AB"):
+            for index, matrix in enumerate(own[f"{layers}.lora_{half}.{name}"]):
+                to = f"base_model.model.{layers}.{index}.{place}.lora_{half}.weight"
+                tensors[to] = matrix.detach().to("cpu", copy=True)
+        said = {"peft_type": "LORA", "r": config.lora_rank, "lora_alpha": config.lora_alpha, "bias": "none"}
+        said |= {"target_modules": list(targets.values())}
+        said |= {"base_model_name_or_path": config.base_model_name_or_path or config.name_or_path}
+        (folder / "adapter_config.json").write_text(json.dumps(said, indent=2))
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
     def load(self, index: int, places: dict[str, lora.Place], **to: Any) -> BlockLora:
         """What it adds to one block."""

@@ -4484,6 +4484,29 @@ def test_a_hosted_adapter_is_the_model_with_it_merged(family, server_of, initial
         assert relative(expected(ids).logits, reference(ids).logits) > 0.02
 
 
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_a_lora_trained_here_is_an_adapter_that_servers_host(family, server_of, initial_peers, tmp_path):
+    """`save_pretrained` writes PEFT's format too: two of llama's matrices; Bloom's fused one."""
+    path, ids = save(make_model(family), tmp_path / f"own-{family}"), some_ids(2, 7)
+    options = {"dht_prefix": f"own-{family}", "initial_peers": initial_peers}
+    load = functools.partial(pm.AutoDistributedModelForCausalLM.from_pretrained, path, **options)
+    targets = ["down_proj", "q_proj"] if family == "llama" else ["query_key_value"]
+    own, adapter = load(**OWN, lora_targets=targets), tmp_path / "adapter"
+    make_own(own)
+    own.save_pretrained(adapter)
+    said = json.loads((adapter / "adapter_config.json").read_text())
+    assert (said["r"], said["lora_alpha"], said["base_model_name_or_path"]) == (3, 6, str(path))
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        assert len(file.keys()) == 2 * LAYERS * len(targets)
+    server_of(path, 0, LAYERS, dht_prefix=f"own-{family}", adapters=[adapter])
+    with torch.no_grad():
+        expected, plain, hosted = (
+            model(ids).logits for model in (own, load(), load(active_adapter=str(adapter)))
+        )
+    close(hosted, expected)
+    assert relative(plain, expected) > 0.02
+
+
 def test_clients_of_different_adapters_share_a_pass(server_of, initial_peers, folder, tmp_path, monkeypatch):
     """Two of one adapter, one of another, one of none: each gets its own model's text."""
     reference = make_model("llama")
@@ -5233,6 +5256,35 @@ def test_the_commands_of_a_user(llama, folder):
     ]
     out = table.finish().out
     assert all(hello["peer_id"][-6:] in out for hello in llama.hellos) and "holes: " in out
+
+
+def test_the_readmes_examples(llama, tmp_path, monkeypatch, capsys):
+    """As they stand, but for the model, its swarm and words that its tokenizer knows."""
+    tokenizer_for(llama.path)
+    monkeypatch.chdir(tmp_path)
+    prefix = llama.hellos[0]["dht_prefix"]
+    change = {"PATH_OR_REPOSITORY": str(llama.path), "/ip4/…/tcp/…/p2p/…": llama.initial_peers[0]}
+    change |= {"initial_peers=": f"dht_prefix={prefix!r}, initial_peers=", "A cat sat": "w1 w2 w3"}
+    change |= {"My cat's name is Bartholomew the Third.": "w4 w5 w6 w7 w8", "My cat's name": "w4 w5 w6"}
+    examples = re.findall(
+        r"```python\n(.*?)```", Path(__file__).with_name("README.md").read_text(), re.DOTALL
+    )
+    using, training = (functools.reduce(lambda t, c: t.replace(*c), change.items(), e) for e in examples)
+    exec(using, found := {})
+    assert found["hidden"].shape == (1, 3, 48) and found["session"].closed
+    exec(training, trained := {})
+    with torch.no_grad():
+        before = llama.reference(trained["ids"], labels=trained["ids"]).loss
+    assert trained["loss"] < before - 0.1
+    said = capsys.readouterr().out.splitlines()
+    ids = tokenizer_for(llama.path)("w1 w2 w3", return_tensors="pt").input_ids
+    text = llama.reference.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False
+    )
+    assert len(said) == 2 and said[0] == tokenizer_for(llama.path).decode(text[0])
+    again = llama.load("my-cat")
+    with torch.no_grad():
+        close(again(ids).logits, trained["model"](ids).logits)
 
 
 def test_the_demo_with_a_model_of_ones_own(llama, folder):
