@@ -19,8 +19,9 @@ The trip of one token
        head.
 
 Sections: 1 basics, 2 families, 3 checkpoints, 4 wire, 5 directory, 6 routing, 7 to 9 sessions (one server,
-the route, the user's side), 10 RemoteSequential, 11 auto classes, 12 blocks, 13 paged cache, 14 executor, 15
-requests without cache, 16 a server's sessions, 17 request handler, 18 server, 19 command line, 20 demo.
+the route, the user's side), 10 RemoteSequential, 11 auto classes, 12 blocks, 13 paged cache, 14 and 15 the
+executor, 16 requests without cache, 17 a server's sessions, 18 request handler, 19 server, 20 command line,
+21 demo.
 
 Threads: which one owns what
     wire thread      one per process: an asyncio loop that owns every socket, the libp2p host, the DHT node,
@@ -122,7 +123,7 @@ from tokenizers import decoders, pre_tokenizers  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 from transformers import PretrainedConfig  # noqa: E402
 
-from kernels import attention, lora, matmul, norm, positions  # noqa: E402
+from kernels import attention, graphs, lora, matmul, norm, positions  # noqa: E402
 
 multiprocessing.set_start_method(_start_method, force=True)  # hivemind's import set it; ours must not
 
@@ -3237,7 +3238,9 @@ class PagePool:
 
     def __init__(self, specs: dict[int, BlockSpec], tokens: int, dtype: torch.dtype, device):
         spec, self.count = next(iter(specs.values())), max(1, tokens // PAGE)
-        size = 2, len(specs), self.count, PAGE, spec.kv_heads, spec.head_dim  # alike in all blocks of a model
+        self.spare = self.count  # one page that nobody owns
+        # alike in all blocks of a model
+        size = 2, len(specs), self.count + 1, PAGE, spec.kv_heads, spec.head_dim
         if torch.device(device).type == "cpu":  # torch.zeros would write to all of it
             memory = mmap.mmap(-1, math.prod(size) * dtype.itemsize, mmap.MAP_PRIVATE)
             self.pages = torch.frombuffer(memory, dtype=dtype).view(size)  # keys, then values
@@ -3417,6 +3420,7 @@ class Executor(threading.Thread):
         self.rotary = positions.Rotary(config if spec.rotary else None, spec.head_dim, self.device)
         self.places = lora_places(config, next(iter(blocks.values())))  # alike in all blocks of a model
         self.adapters: dict[str, dict[int, BlockLora]] = {}  # name -> block -> what it adds
+        self.graphs = graphs.Graphs() if self.device.type == "cuda" else None
         self.passes = self.steps = 0  # for status and tests: passes, finished steps
         self._served: weakref.WeakSet[RowTables] = weakref.WeakSet()  # sessions that had an answer
         self._pass_seconds = 0.0  # of the last pass
@@ -3446,6 +3450,8 @@ class Executor(threading.Thread):
     # ---- executor thread
 
     def run(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # of this thread: where kernels are launched
         prompts: list[Work] = []  # steps larger than a pass, under way
         prefill = self._prefill(prompts)
         slow: deque[tuple[Work, Iterator]] = deque()  # forward and backward passes under way
@@ -3565,34 +3571,58 @@ class Executor(threading.Thread):
 
     def _run_blocks(self, parts: list[_Part], indices: Iterable[int]) -> Iterator[None]:
         """Some blocks for the tokens of all these parts at once, those of one adapter side by side; pauses
-        between blocks."""
-        parts = sorted(parts, key=lambda part: id(part.work.lora))
-        tables, queries, lengths, finals = zip(*(row for part in parts for row in part.rows), strict=True)
-        plan = attention.plan(tables, queries, lengths, PAGE, self.device)
-        at = torch.cat([part.at for part in parts]).to(self.device)
-        cos, sin = self.rotary(at, list(zip(queries, finals, strict=True)), self.dtype)
-        x, sizes = torch.cat([part.x for part in parts]), [len(part.x) for part in parts]
-        runs: dict[int, tuple[slice, dict]] = {}  # of tokens with one adapter
+        between blocks, if they are not one CUDA graph."""
+        parts, indices = sorted(parts, key=lambda part: id(part.work.lora)), tuple(indices)
+        rows, sizes = [row for part in parts for row in part.rows], [len(part.x) for part in parts]
+        at, x = torch.cat([part.at for part in parts]), torch.cat([part.x for part in parts])
+        plain = not any(part.prompted or part.work.lora for part in parts)
+        as_graph, width = self.graphs and plain and len(x) == len(rows) <= graphs.MAX_ROWS, None
+        if as_graph:
+            count, width = graphs.size(len(rows), max(len(table) for table, *_ in rows))
+            at, x = (F.pad(each, (0, 0) * (each.ndim - 1) + (0, count - len(rows))) for each in (at, x))
+            rows += [([self.pool.spare], 1, 1, 1)] * (count - len(rows))
+        tables, queries, lengths, finals = zip(*rows, strict=True)
+        plan = attention.plan(tables, queries, lengths, PAGE, self.device, width)
+        cos, sin = self.rotary(at.to(self.device), list(zip(queries, finals, strict=True)), self.dtype)
+        x = x.to(self.device)
+        if as_graph:
+            whole = functools.partial(self._span, indices)
+            x = self.graphs.run((indices, len(rows), width), whole, plan, x, cos, sin)
+            self.progress += len(indices)
+        else:
+            runs = self._runs(parts, sizes)
+            for number, index in enumerate(indices):
+                if number:
+                    yield
+                for part, tokens in zip(parts, x.split(sizes), strict=True):
+                    if part.prompted:
+                        tokens.add_(part.prompts(index).to(tokens))
+                adapted = [(tokens, its[index]) for tokens, its in runs if index in its]
+                x = self._span([index], plan, x, cos, sin, adapted)
+                self.progress += 1
+        for part, tokens in zip(parts, x[: sum(sizes)].to("cpu").split(sizes), strict=True):
+            part.x = tokens
+
+    @staticmethod
+    def _runs(parts: list[_Part], sizes: list[int]) -> Iterable[tuple[slice, dict[int, BlockLora]]]:
+        """Of tokens with one adapter; that of those without any is empty."""
+        runs: dict[int, tuple[slice, dict]] = {}
         for part, end in zip(parts, itertools.accumulate(sizes), strict=True):
             its, begun = part.work.lora, slice(end - len(part.x), end)
             runs[id(its)] = slice(runs.get(id(its), (begun,))[0].start, end), its
-        for number, index in enumerate(indices):
-            if number:
-                yield
+        return runs.values()
+
+    def _span(self, indices, plan: attention.Plan, x: Tensor, cos, sin, adapted: Adapted = ()) -> Tensor:
+        """[tokens, H] -> [tokens, H]. On CUDA nothing in here waits for the device."""
+        for index in indices:
             pages = self.pool.k[index], self.pool.v[index]
-            for part, tokens in zip(parts, x.split(sizes), strict=True):
-                if part.prompted:
-                    tokens.add_(part.prompts(index))
 
             def attend(block: Block, qkv: Tensor, pages: tuple = pages) -> Tensor:
                 q = attention.rope_append(qkv, cos, sin, *pages, plan)
                 return attention.attend(q, *pages, plan, **block.attention)
 
-            adapted = [(run, its[index]) for run, its in runs.values() if index in its]
             x = self.blocks[index](x, attend, adapted)
-            self.progress += 1
-        for part, tokens in zip(parts, x.split(sizes), strict=True):
-            part.x = tokens
+        return x
 
     def _advance(self, work: Work, course: Iterator) -> bool:
         """One block of a forward or backward request; whether it is finished."""
@@ -3606,6 +3636,11 @@ class Executor(threading.Thread):
         if result is not None:
             wire().soon(work.settle, result)
         return result is not None
+
+
+# ============================================================================================================
+# 15  Parts: what a step brings to a pass
+# ============================================================================================================
 
 
 class _Part:
@@ -3634,7 +3669,7 @@ class _Part:
                 length = low + portion - pad
                 table = work.tables.prepare(row, length - new, length)
                 self.rows.append((table, new, length, work.whole - pad))
-        self.x = work.hidden[:, self.tokens][self.real].to(executor.device, executor.dtype)
+        self.x = work.hidden[:, self.tokens][self.real].to(executor.dtype)  # on the CPU, between passes
         # deep prompts are for a row's first tokens in this step: [tokens] which row, which prompt (P: none)
         P, before = work.prompts.shape[2], (work.start - torch.tensor(pads)[:, None]).clamp(min=0)
         self.nth = self.real.nonzero()[:, 0], (own - before)[self.real].clamp(max=P)
@@ -3643,16 +3678,16 @@ class _Part:
     def prompts(self, index: int) -> Tensor:
         """What to add to its tokens before this block; zeros to those after the prompts."""
         given = F.pad(self.work.prompts[index - self.work.blocks.start], (0, 0, 0, 1))  # [B or 1, P + 1, H]
-        return given.expand(len(self.real), -1, -1)[self.nth].to(self.x)
+        return given.expand(len(self.real), -1, -1)[self.nth]
 
     def finish(self) -> None:
-        self.work.output[:, self.tokens][self.real] = self.x.to("cpu")
+        self.work.output[:, self.tokens][self.real] = self.x
         self.work.done = self.tokens.stop
         self.work.note_time()
 
 
 # ============================================================================================================
-# 15  Requests without cache: forward and backward passes
+# 16  Requests without cache: forward and backward passes
 # ============================================================================================================
 
 
@@ -3766,7 +3801,7 @@ class WithoutCache:
 
 
 # ============================================================================================================
-# 16  Sessions, the server's side: whose turn it is
+# 17  Sessions, the server's side: whose turn it is
 # ============================================================================================================
 
 MAX_PUSHES, MAX_PUSH_BYTES = 16, 2**28  # held until their turn: per session, in all sessions together
@@ -3895,7 +3930,7 @@ class ServerSession:
 
 
 # ============================================================================================================
-# 17  Request handler: what a server answers
+# 18  Request handler: what a server answers
 # ============================================================================================================
 
 
@@ -4153,7 +4188,7 @@ class TransformerConnectionHandler(ServicerBase):
 
 
 # ============================================================================================================
-# 18  Server: a process's offer to the swarm
+# 19  Server: a process's offer to the swarm
 # ============================================================================================================
 
 NO_NF4 = "; for nf4 take int4: it is more exact (error .084 of Gaussian weights, nf4's .092), without a table"
@@ -4171,6 +4206,19 @@ def free_memory(device: torch.device) -> int:
         taken = re.search(r"anon (\d+)", (group / "memory.stat").read_text())[1]
         found.append(int((group / "memory.max").read_text()) - int(taken))
     return min(found)
+
+
+@contextlib.contextmanager
+def _returning_memory() -> Iterator[None]:
+    """What is freed in here goes back to the system. glibc's malloc keeps up to 64 MiB of it per thread,
+    which malloc_trim does not touch, unless it came by mmap (M_MMAP_THRESHOLD is -3; 32 MiB its most)."""
+    libc = ctypes.CDLL(None)
+    with contextlib.suppress(AttributeError):  # others
+        libc.mallopt(-3, 2**20)
+    yield
+    with contextlib.suppress(AttributeError):
+        libc.mallopt(-3, 2**25)
+        libc.malloc_trim(0)
 
 
 @dataclass(eq=False, repr=False)
@@ -4266,13 +4314,11 @@ class Server:
             info.cache_tokens = max(1, self.attn_cache_tokens // PAGE) * PAGE
             wire().call(self._announce())
             self._announcing = asyncio.run_coroutine_threadsafe(self._keep_announcing(), wire().loop)
-            blocks = {}
-            for index in progress(self.span):
-                how = self.dtype, self.device, self.kind
-                blocks[index] = load_block(self.checkpoint, self.config, index, *how)
-            self.checkpoint._opened.clear()  # unmap the files: each weight would be in memory twice
-            with contextlib.suppress(AttributeError):  # glibc's: give back what loading took
-                ctypes.CDLL(None).malloc_trim(0)
+            blocks, how = {}, (self.dtype, self.device, self.kind)
+            with _returning_memory():
+                for index in progress(self.span):
+                    blocks[index] = load_block(self.checkpoint, self.config, index, *how)
+                self.checkpoint._opened.clear()  # unmap the files: each weight would be in memory twice
             specs = {index: block.spec for index, block in blocks.items()}
             self.pool = PagePool(specs, self.attn_cache_tokens, self.dtype, self.device)
             self.executor = Executor(blocks, self.config, self.pool)
@@ -4365,7 +4411,7 @@ class Server:
 
 
 # ============================================================================================================
-# 19  Command line
+# 20  Command line
 # ============================================================================================================
 
 
@@ -4702,7 +4748,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 # ============================================================================================================
-# 20  Demo: a swarm of processes on this machine
+# 21  Demo: a swarm of processes on this machine
 # ============================================================================================================
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"

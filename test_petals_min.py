@@ -84,7 +84,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import petals_min as pm
-from kernels import attention, lora, matmul, norm, pages, rotary, weights
+from kernels import attention, graphs, lora, matmul, norm, pages, rotary, weights
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 90.0  # seconds until something that should happen at once counts as hung
@@ -6772,10 +6772,42 @@ def interpreted_matmul():
     assert torch.equal(matmul.launch_dequantize(w, torch.float32), matmul.dequantize(w))
 
 
+def interpreted_graphs():
+    """A server whose steps go through graphs, its attention interpreted. In a CUDA graph's place stands the
+    call that was captured: it sees the next step in the first one's tensors alone. Rows: 1, 3 (of 4), 5 beams
+    (of 8), which change places; a page is filled on the way, the tables' width passes a power of two."""
+    graphs.MIN_WIDTH, replays = 1, []
+
+    def capture(compute, pool):
+        output = compute().clone()
+        return output, lambda: replays.append(output.copy_(compute())), pool
+
+    def attend(q, k_pages, v_pages, plan, *, scale, slopes, window):
+        return attention.launch_attend(q, k_pages, v_pages, plan, scale, slopes, window)
+
+    graphs.capture, attention.rope_append, attention.attend = capture, rotary.launch_rope_append, attend
+    reference = make_model("llama", num_hidden_layers=2)
+    with tempfile.TemporaryDirectory() as folder, servers_here([]) as start:
+        path = save(reference, Path(folder, "captured"))
+        server = start(path, 0, 2)
+        made = server.executor.graphs = graphs.Graphs()
+        options = {"initial_peers": server_addresses(server)}
+        model = pm.AutoDistributedModelForCausalLM.from_pretrained(path, **options)
+        for rows, tokens, beams in ((1, 12, 1), (3, 30, 1), (1, 14, 5)):
+            ids = some_ids(rows, tokens)
+            assert greedy(model, ids, new=6, num_beams=beams) == greedy(
+                reference, ids, new=6, num_beams=beams
+            )
+        sizes = {(rows, width) for blocks, rows, width in made.captured if blocks == (0, 1)}
+        assert sizes == {(1, 1), (1, 2), (4, 2), (4, 4), (8, 1), (8, 2)}, sizes
+        assert len(replays) == 3 * 5 - len(sizes), (len(replays), sizes)
+        assert made.captured[(0, 1), 4, 2].plan.tables[3] == [server.pool.spare]
+
+
 @needs_triton
 @pytest.mark.parametrize("interpret", [True])
 @pytest.mark.parametrize(
-    "call", [(f"interpreted_{what}",) for what in ("attention", "batch", "large_pool", "fusions", "matmul")]
+    "call", [(f"interpreted_{what}",) for what in "attention batch large_pool fusions matmul graphs".split()]
 )
 def test_kernels_in_the_interpreter(elsewhere, call, interpret):
     """The Triton code itself, run by numpy: float32 and float16 (the interpreter gets bfloat16 wrong)."""
@@ -6998,6 +7030,46 @@ def test_a_captured_step_is_replayed_for_the_next_one():
         worst(out, attention.reference(q, k, v, tables, [1, 1], lengths, scale=0.2))
         < TOLERANCE[torch.float16]
     )
+
+
+@needs_cuda
+@needs_triton
+@pytest.mark.parametrize("family", ["llama", "bloom", "falcon-7b", "mixtral"])
+def test_a_server_on_the_gpu(family, server_of, initial_peers, tmp_path):
+    """transformers' text, in float32, by eager passes and by graphs; several rows, beams, two clients at
+    once; backward passes."""
+    reference = make_model(family)
+    path, options = save(reference, tmp_path / f"gpu-{family}"), {"dht_prefix": f"gpu-{family}"}
+    server = server_of(path, 0, LAYERS, device="cuda", **options)
+    load = pm.AutoDistributedModelForCausalLM.from_pretrained
+    models = [load(path, initial_peers=initial_peers, **options) for _ in range(2)]
+    for rows, tokens, beams in ((1, 12, 1), (3, 30, 1), (1, 14, 3), (1, 12, 1)):
+        ids = some_ids(rows, tokens)
+        expected = greedy(reference, ids, new=12, num_beams=beams)
+        assert greedy(models[0], ids, new=12, num_beams=beams) == expected
+    captured = server.executor.graphs.captured
+    assert server.executor.graphs.usable and {rows for _, rows, _ in captured} >= {1, 4}
+    texts, found = [some_ids(1, 5 + n, seed=n) for n in range(2)], {}
+    side_by_side(lambda n: found.update({n: greedy(models[n], texts[n], new=12)}), 2)
+    assert found == {n: greedy(reference, texts[n], new=12) for n in range(2)}
+    same_gradients(gradients(models[0].transformer), gradients(reference.base_model))
+
+
+@needs_cuda
+@needs_triton
+@pytest.mark.parametrize("quant_type", ["none", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_smaller_weights_on_a_gpus_server(dtype, quant_type, server_of, initial_peers, tmp_path):
+    """Steps through graphs, one token at a time, are the forward pass of the same server up to rounding."""
+    reference, ids = make_model("llama", hidden_size=128, intermediate_size=256), some_ids(3, 24)
+    path, options = save(reference, tmp_path / "gpu-small"), {"dht_prefix": f"gpu-{dtype}-{quant_type}"}
+    server = server_of(path, 0, LAYERS, device="cuda", torch_dtype=dtype, quant_type=quant_type, **options)
+    model = pm.AutoDistributedModel.from_pretrained(path, initial_peers=initial_peers, **options)
+    hidden = model.word_embeddings(ids).detach()
+    with torch.no_grad(), model.inference_session(max_length=24) as session:
+        steps = torch.cat([session.step(hidden[:, at : at + 1]) for at in range(24)], dim=1)
+        whole = model.h(hidden)
+    assert relative(steps, whole) < 0.03 and len(server.executor.graphs.captured) == 1
 
 
 # ============================================================================================================
