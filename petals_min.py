@@ -3239,13 +3239,14 @@ class PagePool:
     def __init__(self, specs: dict[int, BlockSpec], tokens: int, dtype: torch.dtype, device):
         spec, self.count = next(iter(specs.values())), max(1, tokens // PAGE)
         self.spare = self.count  # one page that nobody owns
-        # alike in all blocks of a model
-        size = 2, len(specs), self.count + 1, PAGE, spec.kv_heads, spec.head_dim
+        # of keys, then of values; alike in all blocks of a model
+        K, pages, D = spec.kv_heads, (self.count + 1, PAGE), spec.head_dim
         if torch.device(device).type == "cpu":  # torch.zeros would write to all of it
+            size = 2, len(specs), K, *pages, D  # a CPU reads a head's keys one after the other
             memory = mmap.mmap(-1, math.prod(size) * dtype.itemsize, mmap.MAP_PRIVATE)
-            self.pages = torch.frombuffer(memory, dtype=dtype).view(size)  # keys, then values
+            self.pages = torch.frombuffer(memory, dtype=dtype).view(size).movedim(2, 4)
         else:
-            self.pages = torch.zeros(size, dtype=dtype, device=device)
+            self.pages = torch.zeros(2, len(specs), *pages, K, D, dtype=dtype, device=device)
         self.k, self.v = (dict(zip(specs, half, strict=True)) for half in self.pages)
         self.free = bytearray(b"\1" * self.count)  # per page, 1: free
         self.waiting: deque[tuple[int, asyncio.Future]] = deque()  # pages wanted, in the order of asking

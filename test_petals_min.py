@@ -6396,6 +6396,11 @@ def cache(shape, N, K, D, dtype, device="cpu", fragmented=True, seed=0):
     return q, k, v, tables, queries, lengths
 
 
+def heads_together(pool: torch.Tensor) -> torch.Tensor:
+    """The same pool [pages, page, K, D], head by head in memory."""
+    return pool.movedim(2, 0).contiguous().movedim(0, 2)
+
+
 def worst(a, b) -> float:
     """Largest difference; of numbers above 1, relative to them (bfloat16 has 8 bits wherever the point
     stands)."""
@@ -6424,8 +6429,10 @@ def test_attention_on_the_cpu_is_the_reference(N, K, dtype):
                 q, k, v, *rows = cache(shape, N, K, 16, dtype, fragmented=fragmented)
                 plan = attention.plan(*rows, PAGE)
                 want = attention.reference(q, k, v, *rows, scale=0.25, slopes=slopes, window=window)
-                for _layer in range(2):  # the second layer finds the first one's masks in the plan
-                    got = attention.attend(q, k, v, plan, scale=0.25, slopes=slopes, window=window)
+                # as the executor's pool has them, a head's pages together; the second layer finds the first
+                # one's masks in the plan
+                for keys, values in ((k, v), (heads_together(k), heads_together(v))):
+                    got = attention.attend(q, keys, values, plan, scale=0.25, slopes=slopes, window=window)
                     assert worst(got, want) < TOLERANCE[dtype], (shape, fragmented, window)
 
 
@@ -6692,6 +6699,10 @@ def interpreted_batch():
     together = attention.launch_attend(q, k, v, attention.plan(tables, queries, lengths, PAGE), 0.2)
     alone = attention.launch_attend(q[:1], k, v, attention.plan(tables[:1], [1], [500], PAGE), 0.2)
     assert worst(alone, together[:1]) < 1e-6
+    with pytest.raises(ValueError, match="strides .*want a contiguous one"):
+        attention.launch_attend(
+            q[:1], heads_together(k), v, attention.plan(tables[:1], [1], [500], PAGE), 0.2
+        )
 
 
 def interpreted_large_pool():
@@ -6790,7 +6801,9 @@ def interpreted_graphs():
     with tempfile.TemporaryDirectory() as folder, servers_here([]) as start:
         path = save(reference, Path(folder, "captured"))
         server = start(path, 0, 2)
-        made = server.executor.graphs = graphs.Graphs()
+        made, pool = graphs.Graphs(), server.pool
+        server.executor.graphs, pool.pages = made, pool.pages.contiguous()  # as on CUDA
+        pool.k, pool.v = (dict(zip(pool.k, half, strict=True)) for half in pool.pages)
         options = {"initial_peers": server_addresses(server)}
         model = pm.AutoDistributedModelForCausalLM.from_pretrained(path, **options)
         for rows, tokens, beams in ((1, 12, 1), (3, 30, 1), (1, 14, 5)):
@@ -6801,7 +6814,7 @@ def interpreted_graphs():
         sizes = {(rows, width) for blocks, rows, width in made.captured if blocks == (0, 1)}
         assert sizes == {(1, 1), (1, 2), (4, 2), (4, 4), (8, 1), (8, 2)}, sizes
         assert len(replays) == 3 * 5 - len(sizes), (len(replays), sizes)
-        assert made.captured[(0, 1), 4, 2].plan.tables[3] == [server.pool.spare]
+        assert made.captured[(0, 1), 4, 2].plan.tables[3] == [pool.spare]
 
 
 @needs_triton

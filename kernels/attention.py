@@ -20,7 +20,7 @@ attention.
 import torch
 import torch.nn.functional as F
 
-from .pages import Plan, append, plan, view
+from .pages import Plan, append, in_order, plan, view
 from .rotary import rope_append, rotate
 
 try:
@@ -201,6 +201,7 @@ def tiles(decode: bool, G: int, D: int, itemsize: int, capability: int = 9) -> d
 
 def launch_attend(q, k_pages, v_pages, plan: Plan, scale: float, slopes=None, window: int | None = None):
     """Run `_attend` (and `_merge`, if the keys are split); CPU tensors only in the interpreter."""
+    in_order(k_pages, v_pages)
     T, N, D = q.shape
     K = k_pages.shape[2]
     q = q if q.stride(2) == 1 and q.stride(1) == D else q.contiguous()

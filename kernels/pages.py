@@ -1,10 +1,11 @@
 """The paged cache's layout: which page holds which key of which row, and where this pass's keys go.
 
 A pool is [pages, page, K, D] for keys and one more for values: K key heads of D numbers, `page` tokens to a
-page. A row (one sequence of a batch) owns a list of pages, its table, e.g. [7, 8, 3]: its keys 0..15 stand in
-page 7, 16..31 in page 8, and so on. A `Plan` says this for all rows of one executor pass, once for all
-layers, in the form each device wants: on CUDA three int32 tensors that the kernels read, on the CPU `Group`s
-of rows that PyTorch can treat as one batch.
+page. (On CUDA it lies in memory so; on a CPU, which attends to a head at a time, each head's pages may lie
+together.) A row (one sequence of a batch) owns a list of pages, its table, e.g. [7, 8, 3]: its keys 0..15
+stand in page 7, 16..31 in page 8, and so on. A `Plan` says this for all rows of one executor pass, once for
+all layers, in the form each device wants: on CUDA three int32 tensors that the kernels read, on the CPU
+`Group`s of rows that PyTorch can treat as one batch.
 """
 
 from dataclasses import dataclass, field
@@ -108,6 +109,13 @@ def plan(
     return made
 
 
+def in_order(*pools) -> None:
+    """ValueError for pools that a kernel would misread."""
+    for pool in pools:
+        if not pool.is_contiguous():
+            raise ValueError(f"a pool {list(pool.shape)} of strides {pool.stride()}: want a contiguous one")
+
+
 def append(k, v, k_pages, v_pages, plan: Plan) -> None:
     """Write this pass's keys and values, each [T, K, D], into the pools [pages, page, K, D], in place."""
     k_pages.view(-1, *k_pages.shape[2:]).index_copy_(0, plan.slots, k)
@@ -117,12 +125,11 @@ def append(k, v, k_pages, v_pages, plan: Plan) -> None:
 def view(pages, group: Group, low: int, high: int):
     """Keys low .. high of a group as [B, K, high - low, D]: a view of the pool where the rows are runs."""
     _, page, K, D = pages.shape
-    token = K * D
     if group.ids is None:
+        _, token, head, _ = pages.stride()
         at = pages.storage_offset() + (group.first * page + low) * token
-        return pages.as_strided(
-            (group.rows, K, high - low, D), (group.stride * page * token, D, token, 1), at
-        )
+        strides = group.stride * page * token, head, token, 1
+        return pages.as_strided((group.rows, K, high - low, D), strides, at)
     rows = pages.index_select(0, group.ids).view(group.rows, -1, K, D)
     return rows[:, low:high].transpose(1, 2)
 

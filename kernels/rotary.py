@@ -8,7 +8,7 @@ that are saved, about 3 us each.
 
 import torch
 
-from .pages import Plan, append
+from .pages import Plan, append, in_order
 
 try:
     import triton
@@ -70,6 +70,7 @@ def rotate(x, cos, sin):
 
 def launch_rope_append(qkv, cos, sin, k_pages, v_pages, plan: Plan):
     """Run `_rope_append`: one launch reads qkv once and writes q, k and v once."""
+    in_order(k_pages, v_pages)
     T, H, D = qkv.shape
     K = k_pages.shape[2]
     if not qkv.is_contiguous():
