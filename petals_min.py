@@ -69,6 +69,7 @@ import copy
 import ctypes
 import dataclasses
 import functools
+import gc
 import hashlib
 import importlib.util
 import inspect
@@ -100,9 +101,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, AsyncIterator, NamedTuple  # noqa: UP035 - hivemind reads typing's AsyncIterator
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+_collecting = gc.isenabled()
+gc.disable()  # imports leave no garbage; to look for it all the same is a fifth of their time
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 _start_method = multiprocessing.get_start_method(allow_none=True)
 import hivemind  # noqa: E402
@@ -126,6 +130,8 @@ from transformers import PretrainedConfig  # noqa: E402
 from kernels import attention, graphs, lora, matmul, norm, positions  # noqa: E402
 
 multiprocessing.set_start_method(_start_method, force=True)  # hivemind's import set it; ours must not
+if _collecting:
+    gc.enable()
 
 __version__ = "0.1.0"
 logger = logging.getLogger("petals_min")
@@ -435,6 +441,19 @@ def default_prefix(config: PretrainedConfig, model_name: str) -> str:
     return re.sub(r"[.\s]", "-", prefix)
 
 
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """For transformers' imports, as above for ours."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@_without_collections()
 def bare_block(config: PretrainedConfig) -> nn.Module:
     """transformers' own block, without memory: it knows the names and sizes."""
     one, family = copy.copy(config), family_of(config)
@@ -583,6 +602,7 @@ def cache_folder() -> Path:
 HUB = "token revision cache_dir local_files_only subfolder".split()  # where a model is, as hub clients say
 
 
+@_without_collections()
 def load_config(name: str, kwargs: dict) -> PretrainedConfig:
     """The model's config with the client's fields; what `kwargs` has for a field is taken out of it."""
     hub = {key: kwargs[key] for key in HUB if kwargs.get(key) is not None}
