@@ -3604,8 +3604,8 @@ class Executor(threading.Thread):
             rows += [([self.pool.spare], 1, 1, 1)] * (count - len(rows))
         tables, queries, lengths, finals = zip(*rows, strict=True)
         plan = attention.plan(tables, queries, lengths, PAGE, self.device, width)
-        cos, sin = self.rotary(at.to(self.device), list(zip(queries, finals, strict=True)), self.dtype)
-        x = x.to(self.device)
+        at, x = (attention.moved(each, self.device) for each in (at, x))
+        cos, sin = self.rotary(at, list(zip(queries, finals, strict=True)), self.dtype)
         if as_graph:
             whole = functools.partial(self._span, indices)
             x = self.graphs.run((indices, len(rows), width), whole, plan, x, cos, sin)
@@ -4236,10 +4236,13 @@ def _returning_memory() -> Iterator[None]:
     libc = ctypes.CDLL(None)
     with contextlib.suppress(AttributeError):  # others
         libc.mallopt(-3, 2**20)
-    yield
-    with contextlib.suppress(AttributeError):
-        libc.mallopt(-3, 2**25)
-        libc.malloc_trim(0)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(AttributeError):
+            libc.mallopt(-3, 2**25)
+            libc.malloc_trim(0)
+        torch.cuda.empty_cache()  # does nothing without CUDA
 
 
 @dataclass(eq=False, repr=False)
@@ -4315,6 +4318,10 @@ class Server:
         logger.info("%d blocks fit, of %d: %s", fit, self.total, how)
         return min(fit, self.total)
 
+    def _on_device(self):
+        """Where Triton launches what this thread calls."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
     def start(self, progress: Callable[[Iterable], Iterable] = lambda blocks: blocks) -> None:
         network = {name: getattr(self, name) for name in ("host_maddrs", "announce_maddrs", "identity_path")}
         self.swarm = wire().call(Swarm.join(self.initial_peers, **network))
@@ -4336,7 +4343,7 @@ class Server:
             wire().call(self._announce())
             self._announcing = asyncio.run_coroutine_threadsafe(self._keep_announcing(), wire().loop)
             blocks, how = {}, (self.dtype, self.device, self.kind)
-            with _returning_memory():
+            with _returning_memory(), self._on_device():
                 for index in progress(self.span):
                     blocks[index] = load_block(self.checkpoint, self.config, index, *how)
                 self.checkpoint._opened.clear()  # unmap the files: each weight would be in memory twice
@@ -4347,7 +4354,8 @@ class Server:
             for its in self._adapters:
                 self.executor.adapters[its.name] = {i: its.load(i, places, **to) for i in blocks}
             info.adapters = tuple(self.executor.adapters)
-            info.throughput = self._measure() if self.throughput == "auto" else float(self.throughput)
+            with self._on_device():
+                info.throughput = self._measure() if self.throughput == "auto" else float(self.throughput)
             self.executor.start()
             self.handler = TransformerConnectionHandler(self)
             wire().call(self.handler.add_p2p_handlers(self.swarm.p2p))

@@ -20,7 +20,7 @@ attention.
 import torch
 import torch.nn.functional as F
 
-from .pages import Plan, append, in_order, plan, view
+from .pages import Plan, append, in_order, moved, plan, view
 from .rotary import rope_append, rotate
 
 try:
@@ -29,7 +29,7 @@ try:
 except ImportError:  # triton is Linux only: everything here but the launchers works without it
     triton = None
 
-__all__ = ["Plan", "append", "attend", "fresh", "plan", "reference", "rope_append", "rotate"]
+__all__ = ["Plan", "append", "attend", "fresh", "moved", "plan", "reference", "rope_append", "rotate"]
 
 MASK_ELEMENTS = 4 << 20  # largest additive mask of one query tile on the CPU (16 MB of float32)
 MASKS_KEPT = 16 << 20  # elements of masks that one plan keeps for its further layers
@@ -51,6 +51,11 @@ def attend(q, k_pages, v_pages, plan: Plan, *, scale: float, slopes=None, window
             f"q {list(q.shape)}, pools {list(k_pages.shape)} and {list(v_pages.shape)} do not fit a plan of "
             f"{plan.tokens} tokens and pages of {plan.page}"
         )
+    if slopes is not None and slopes.shape != (N,):
+        raise ValueError(f"slopes {list(slopes.shape)}: want one for each of {N} heads")
+    devices = {q.device, k_pages.device, v_pages.device, plan.slots.device}
+    if len(devices) > 1:
+        raise ValueError(f"q, pools and plan are on {', '.join(map(str, devices))}: want one device")
     if k_pages.shape[3] != D or N % k_pages.shape[2] or not q.dtype == k_pages.dtype == v_pages.dtype:
         raise ValueError(
             f"q {list(q.shape)} {q.dtype} does not fit keys {list(k_pages.shape)} {k_pages.dtype} and values "
@@ -141,6 +146,10 @@ def fresh(q, k, v, left_pad: list[int] | None = None, *, scale: float, slopes=No
     and without meaning.
     """
     B, T, N = q.shape[:3]
+    if slopes is not None and slopes.dtype == torch.float32 != q.dtype and q.is_cuda:
+        # there the bias must have q's dtype, in which neighbouring keys would have the same number
+        wide = fresh(q.float(), k.float(), v.float(), left_pad, scale=scale, slopes=slopes, window=window)
+        return wide.to(q.dtype)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     padded = left_pad is not None and any(left_pad)
     if not padded and slopes is None and (window is None or window >= T):
@@ -186,16 +195,19 @@ def reference(q, k_pages, v_pages, tables, queries, lengths, *, scale: float, sl
     return torch.cat(out)
 
 
-def tiles(decode: bool, G: int, D: int, itemsize: int, capability: int = 9) -> dict:
+def tiles(decode: bool, G: int, D: int, itemsize: int, capability: int = 9, biased: bool = False) -> dict:
     """Tile sizes by a plain rule, not by autotuning: BM query rows (tokens times padded heads) against BK
-    keys. The sizes are those that compile without spills and within the shared memory of sm_80 and sm_90."""
+    keys. The sizes are those that compile without spills and within the shared memory of sm_80 and sm_90, by
+    Triton 3.6 and 3.9. biased: with a window or ALiBi."""
     GP, BD = triton.next_power_of_2(G), max(16, triton.next_power_of_2(D))
     if itemsize == 4:  # plain multiply-adds: exact, no tensor cores, small tiles
         BM, BK, warps, stages = max(GP, 16), 16, 8, 2
     else:
-        BM = max(GP, 16 if decode else 128 if BD <= 128 else 64)
+        wide = BD <= 128 and (capability >= 9 or (D == BD and not biased))
+        BM = max(GP, 16 if decode else 128 if wide else 64)
         BK = 64 if BD <= 128 and (decode or capability >= 9) else 32
-        warps, stages = 8 if BM >= 128 or BM * BD >= 128 * 128 else 4, 3
+        warps = 8 if BM >= 128 or BM * BD >= 128 * 128 else 4
+        stages = 2 if decode and D != BD else 3
     return {"GP": GP, "BD": BD, "BM": BM, "BK": BK, "num_warps": warps, "num_stages": stages}
 
 
@@ -209,7 +221,8 @@ def launch_attend(q, k_pages, v_pages, plan: Plan, scale: float, slopes=None, wi
     rows = len(plan.queries)
     decode = rows == T
     device = torch.cuda.get_device_properties(q.device) if q.is_cuda else None
-    tile = tiles(decode, N // K, D, q.element_size(), device.major if device else 9)
+    biased = slopes is not None or window is not None
+    tile = tiles(decode, N // K, D, q.element_size(), device.major if device else 9, biased)
     BM, GP, BK = tile["BM"], tile["GP"], tile["BK"]
     programs = rows if decode else T // (BM // GP) + rows
     cores = (

@@ -6,10 +6,12 @@ graphs the GPU waits for Python. A graph repeats the very same launches, with th
 whatever differs between steps is read from tensors that stay where they are: the inputs, cos and sin, and the
 plan's lengths, page tables and slots, into which the next step's are copied first. A graph belongs to some
 blocks, a number of rows and a width of page tables; the latter two are rounded up to powers of two (the rows
-that are too many have one token each on a page that nobody owns), so that a server needs a few dozen at most.
+that are too many have one token each on a page that nobody owns). The ones used last are kept.
 """
 
 import logging
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
@@ -19,6 +21,8 @@ from .pages import Plan
 
 MAX_ROWS = 64  # beyond it a step is long enough to hide its launches
 MIN_WIDTH = 64  # pages
+MAX_GRAPHS = 48  # of an executor: clients choose which blocks they ask for, in many ways
+_capturing = threading.Lock()  # CUDA allows one capture at a time in a process
 
 
 def size(rows: int, pages: int) -> tuple[int, int]:
@@ -30,9 +34,13 @@ def capture(compute: Callable[[], torch.Tensor], pool) -> tuple[torch.Tensor, Ca
     """Record what `compute` launches on the current device: its output, whose numbers each call of the second
     result renews; and the memory pool, which graphs that never run at once may share. All kernels must have
     run before: loading one cannot be recorded. Other threads may go on using the device."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        output = compute()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    its = {"pool": pool, "stream": torch.cuda.Stream(), "capture_error_mode": "thread_local"}
+    try:
+        with _capturing, torch.cuda.graph(graph, **its):
+            output = compute()
+    finally:
+        torch.cuda.set_stream(before)  # which PyTorch does not do where a capture fails
     return output, graph.replay, graph.pool()
 
 
@@ -48,31 +56,38 @@ class Graphs:
     """The graphs of one executor; its thread's alone, and on the device that is current there."""
 
     def __init__(self):
-        self.captured: dict[Hashable, _Captured] = {}
+        # the ones used last at the end; None: of shapes that were seen once
+        self.captured: OrderedDict[Hashable, _Captured | None] = OrderedDict()
         self.pool, self.usable = None, True
 
     def run(self, key: Hashable, compute: Callable[..., torch.Tensor], plan: Plan, *inputs):
-        """compute(plan, *inputs) for tensors (or None) whose shapes and the plan's go with `key`. The first
-        call of a key computes and then captures; what later ones return is overwritten by the next one."""
-        found = self.captured.get(key)
+        """compute(plan, *inputs) for tensors (or None) whose shapes and the plan's go with `key`. The second
+        call of a key captures; what later ones return is overwritten by the next."""
+        found, known = self.captured.get(key), key in self.captured
         if found is None:
             output = compute(plan, *inputs)
             if self.usable:
-                self._capture(key, compute, plan, inputs)
-            return output
-        found.plan.copy_(plan)
-        for its, new in zip(found.inputs, inputs, strict=True):
-            if new is not None:
-                its.copy_(new)
-        found.replay()
-        return found.output
+                self.captured[key] = self._capture(compute, plan, inputs) if known else None
+        else:
+            found.plan.copy_(plan)
+            for its, new in zip(found.inputs, inputs, strict=True):
+                if new is not None:
+                    its.copy_(new)
+            found.replay()
+            output = found.output
+        if key in self.captured:
+            self.captured.move_to_end(key)
+        if len(self.captured) > MAX_GRAPHS:
+            self.captured.popitem(last=False)
+        return output
 
-    def _capture(self, key: Hashable, compute: Callable, plan: Plan, inputs: tuple) -> None:
+    def _capture(self, compute: Callable, plan: Plan, inputs: tuple) -> _Captured | None:
         """Without graphs a step is slower, not wrong: where one cannot be captured, the server goes on."""
         try:
             output, replay, self.pool = capture(lambda: compute(plan, *inputs), self.pool)
-        except RuntimeError:
+        except Exception:
             self.usable = False
+            self.captured.clear()
             logging.getLogger(__name__).warning("no CUDA graphs: a step cannot be captured", exc_info=True)
-        else:
-            self.captured[key] = _Captured(plan, inputs, output, replay)
+            return None
+        return _Captured(plan, inputs, output, replay)

@@ -52,7 +52,8 @@ def dequantize(w: Weight, dtype=torch.float32):
     if w.kind == "float16":
         return w.data.to(dtype)
     if w.kind == "int8":
-        return (w.data * w.scale[:, None]).to(dtype)[:, :K]
+        out = torch.empty(w.data.shape, dtype=dtype, device=w.data.device)
+        return torch.mul(w.data, w.scale[:, None], out=out)[:, :K]  # rounded once, in one pass
     if w.data.is_cuda and triton is not None:
         return launch_dequantize(w, dtype)[:, :K]
     scale, middle = w.scale.float().transpose(0, 1).unsqueeze(-2).unbind(-1)  # [N, groups, 1] each
@@ -86,11 +87,13 @@ def routed(x, weight, starts):
     or a stack of quantized matrices; expert e has rows starts[e] .. starts[e + 1] (int32 [E + 1], on x's
     device: with Triton the host need not know them). Differentiable in x."""
     E, N, K = weight.shape
-    if x.shape[1:] != (K,) or starts.shape != (E + 1,):
+    if x.shape[1:] != (K,) or starts.shape != (E + 1,) or starts.dtype != torch.int32:
         raise ValueError(
-            f"x {list(x.shape)}, starts {list(starts.shape)} do not fit experts {list(weight.shape)}"
+            f"x {list(x.shape)}, starts {list(starts.shape)} {starts.dtype} do not fit experts "
+            f"{list(weight.shape)}: want x [R, K], starts int32 [E + 1]"
         )
-    if x.is_cuda and triton is not None and not (torch.is_grad_enabled() and x.requires_grad):
+    few = x.shape[0] <= KERNEL_ROWS * E
+    if x.is_cuda and triton is not None and few and not (torch.is_grad_enabled() and x.requires_grad):
         return launch_product(x, weight, starts)
     ends = starts.tolist()
     parts = [
@@ -122,8 +125,6 @@ def _product(x, w: Weight):
         return packed_product(x, w)
     if x.is_cuda and triton is not None and w.kind != "float16" and x.shape[0] <= KERNEL_ROWS:
         return launch_product(x, w)
-    if w.kind == "int8":  # codes are exact in 16 bits: scale what comes out
-        return (F.linear(x, w.data[:, : w.shape[1]].to(x.dtype)).float() * w.scale).to(x.dtype)
     return F.linear(x, dequantize(w, x.dtype))
 
 
@@ -148,8 +149,11 @@ def launch_product(x, weight, starts=None):
     kind = "none" if isinstance(weight, torch.Tensor) else weight.kind
     data, scale = (weight, weight) if kind == "none" else (weight.data, weight.scale)
     N = weight.shape[-2]
-    x = F.pad(x, (0, 0 if kind == "none" else -x.shape[1] % GROUP)).contiguous()
-    M, K = x.shape
+    if kind != "none" and x.shape[1] % GROUP:
+        x = F.pad(x, (0, -x.shape[1] % GROUP))
+    x, (M, K) = x.contiguous(), x.shape
+    if not M:
+        return x.new_empty(0, N)
     E = 1 if starts is None else weight.shape[0]
     tile = product_tiles(M if starts is None else min(M, 2 * -(-M // E)), kind, x.element_size())
     rows = triton.cdiv(M, tile["BM"]) if starts is None else M // tile["BM"] + E

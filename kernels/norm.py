@@ -28,9 +28,13 @@ def add_norm(x, residual, weight, bias=None, *, eps: float, kind: str = "rms"):
     version."""
     if kind not in ("rms", "layer"):
         raise ValueError(f"norm kind {kind!r}: want 'rms' or 'layer'")
-    if (residual is not None and residual.shape != x.shape) or weight.shape != x.shape[-1:]:
-        other = None if residual is None else list(residual.shape)
-        raise ValueError(f"x {list(x.shape)}, residual {other} and weight {list(weight.shape)} do not fit")
+    alike = residual is None or (residual.shape, residual.dtype) == (x.shape, x.dtype)
+    if not alike or weight.shape != x.shape[-1:] or weight.device != x.device:
+        other = None if residual is None else f"{list(residual.shape)} {residual.dtype}"
+        raise ValueError(
+            f"x {list(x.shape)} {x.dtype} on {x.device}, residual {other} and weight {list(weight.shape)} on "
+            f"{weight.device} do not fit: want a residual like x, a weight for its last dimension"
+        )
     grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, residual, weight, bias)
     )
@@ -48,8 +52,11 @@ def add_norm(x, residual, weight, bias=None, *, eps: float, kind: str = "rms"):
 
 def silu_mul(gate, up):
     """silu(gate) * up; both [T, I] of one dtype, and may be the halves of one [T, 2I] tensor."""
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"gate {list(gate.shape)} {gate.dtype} and up {list(up.shape)} {up.dtype} differ")
+    if (gate.shape, gate.dtype, gate.device) != (up.shape, up.dtype, up.device):
+        raise ValueError(
+            f"gate {list(gate.shape)} {gate.dtype} on {gate.device} and up {list(up.shape)} {up.dtype} on "
+            f"{up.device} differ"
+        )
     grad = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
     if gate.is_cuda and triton is not None and not grad:
         return launch_silu_mul(gate, up)

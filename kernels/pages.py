@@ -56,7 +56,7 @@ class Plan:
         padded = [
             part + [0] * (-len(part) % 4) for part in (starts, self.lengths)
         ]  # keeps each part 16-byte aligned
-        return torch.tensor(padded[0] + padded[1] + pages, dtype=torch.int32).to(self.slots.device)
+        return moved(torch.tensor(padded[0] + padded[1] + pages, dtype=torch.int32), self.slots.device)
 
     @cached_property
     def views(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -103,10 +103,17 @@ def plan(
     needed = -(-max(lengths) // page_size)
     if width is not None and width < needed:
         raise ValueError(f"a width of {width} pages is too little for a row of {needed}")
-    tokens = torch.tensor(slots, dtype=torch.int64).to(device)
+    tokens = moved(torch.tensor(slots, dtype=torch.int64), device)
     made = Plan(tables, list(queries), list(lengths), page_size, width or needed, len(slots), tokens)
     _ = made.views if tokens.is_cuda else made.groups  # now, while the caller's lists are what they are
     return made
+
+
+def moved(tensor: torch.Tensor, device) -> torch.Tensor:
+    """A CPU tensor on a device, without waiting for what the device does: through pinned memory."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def in_order(*pools) -> None:

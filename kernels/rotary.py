@@ -24,10 +24,18 @@ def rope_append(qkv, cos, sin, k_pages, v_pages, plan: Plan):
     overwritten."""
     K, D = k_pages.shape[2:]
     N = qkv.shape[1] - 2 * K
-    if N < 1 or qkv.shape[0] != plan.tokens or qkv.shape[2] != D or qkv.dtype != k_pages.dtype:
+    T, fits = (
+        plan.tokens,
+        k_pages.shape == v_pages.shape and qkv.device == plan.slots.device == k_pages.device,
+    )
+    if N < 1 or not fits or qkv.shape[::2] != (T, D) or qkv.dtype != k_pages.dtype:
         raise ValueError(
-            f"qkv {list(qkv.shape)} {qkv.dtype} does not fit keys {list(k_pages.shape)} {k_pages.dtype}"
+            f"qkv {list(qkv.shape)} {qkv.dtype} on {qkv.device} does not fit keys {list(k_pages.shape)} "
+            f"{k_pages.dtype} on {k_pages.device}, values {list(v_pages.shape)} and a plan of {T} tokens on "
+            f"{plan.slots.device}"
         )
+    if cos is not None and not (cos.shape == sin.shape and len(cos) == T and cos.shape[1] <= D):
+        raise ValueError(f"cos {list(cos.shape)}, sin {list(sin.shape)}: want two of [{T}, {D} or less]")
     if qkv.is_cuda and triton is not None:
         return launch_rope_append(qkv, cos, sin, k_pages, v_pages, plan)
     rotated = qkv[:, : N + K]

@@ -78,16 +78,28 @@ def quantize(weight, kind: str) -> Weight:
         each = [quantize(w, kind) for w in weight]
         scale = None if each[0].scale is None else torch.stack([w.scale for w in each])
         return Weight(kind, shape, torch.stack([w.data for w in each]), scale)
-    if kind == "float16":
-        return Weight(kind, shape, weight.clamp(-65504, 65504).to(torch.float16), None)
-    wide = F.pad(weight.float(), (0, -weight.shape[1] % GROUP))
+    N, K, groups = *shape, -(-shape[1] // GROUP)
+    types = {"float16": (K, torch.float16), "int8": (groups * GROUP, torch.int8)}
+    width, dtype = types.get(kind, (groups * GROUP // 2, torch.uint8))
+    data, scale = torch.empty(N, width, dtype=dtype, device=weight.device), None
     if kind == "int8":
-        scale = wide.abs().amax(1).div_(127).clamp_min_(1e-30)
-        return Weight(kind, shape, wide.div_(scale[:, None]).round_().to(torch.int8), scale)
-    groups = wide.view(shape[0], -1, GROUP).split(2**17 // wide.shape[1] + 1)  # so much stays in L2
-    codes, scale, middle = (torch.cat(parts) for parts in zip(*map(_nearest, groups), strict=True))
-    data = (codes[..., :32] | codes[..., 32:] << 4).reshape(shape[0], -1)
-    return Weight(kind, shape, data, torch.stack((scale.T, middle.T), -1).contiguous())
+        scale = torch.empty(N, device=weight.device)
+    if kind == "int4":
+        scale = torch.empty(groups, N, 2, dtype=torch.bfloat16, device=weight.device)
+    step = 2**17 // K + 1  # rows at a time: they stay in L2, and take little memory beside the weight
+    for rows in (slice(at, at + step) for at in range(0, N, step)):
+        if kind == "float16":
+            data[rows] = weight[rows].clamp(-65504, 65504)
+            continue
+        wide = F.pad(weight[rows].float(), (0, groups * GROUP - K))
+        if kind == "int8":
+            scale[rows] = wide.abs().amax(1).div_(127).clamp_min_(1e-30)
+            data[rows] = wide.div_(scale[rows, None]).round_()
+        else:
+            codes, *ranges = _nearest(wide.view(-1, groups, GROUP))
+            data[rows] = (codes[..., :32] | codes[..., 32:] << 4).flatten(1)
+            scale[:, rows] = torch.stack(ranges, -1).transpose(0, 1)
+    return Weight(kind, shape, data, scale)
 
 
 def _nearest(groups):
