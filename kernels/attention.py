@@ -131,10 +131,8 @@ def _mask(plan: Plan, queries: int, low: int, high: int, position: int, G: int, 
         mask = _bias(slopes, j, scale).view(-1, 1, G, high - low).repeat(1, queries, 1, 1)
     mask.masked_fill_(hidden, float("-inf"))
     mask = mask.view(*mask.shape[:-3], queries * G, high - low)
-    if (
-        sum(m.numel() for m in plan.masks.values() if isinstance(m, torch.Tensor)) + mask.numel()
-        <= MASKS_KEPT
-    ):
+    held = sum(m.numel() for m in plan.masks.values() if isinstance(m, torch.Tensor))
+    if held + mask.numel() <= MASKS_KEPT:
         plan.masks[key] = mask
     return mask
 
@@ -225,11 +223,8 @@ def launch_attend(q, k_pages, v_pages, plan: Plan, scale: float, slopes=None, wi
     tile = tiles(decode, N // K, D, q.element_size(), device.major if device else 9, biased)
     BM, GP, BK = tile["BM"], tile["GP"], tile["BK"]
     programs = rows if decode else T // (BM // GP) + rows
-    cores = (
-        device.multi_processor_count if device else 8
-    )  # 8: the interpreter, which runs programs one by one
-    splits = min(2 * cores // (programs * K), plan.width * plan.page // (4 * BK), 64) or 1
-    splits = max(1, splits)
+    cores = device.multi_processor_count if device else 8  # 8: the interpreter
+    splits = max(1, min(2 * cores // (programs * K), plan.width * plan.page // (4 * BK), 64))
     out = torch.empty(T, N, D, dtype=q.dtype, device=q.device)
     parts = sums = out
     if splits > 1:

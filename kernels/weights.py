@@ -86,7 +86,8 @@ def quantize(weight, kind: str) -> Weight:
         scale = torch.empty(N, device=weight.device)
     if kind == "int4":
         scale = torch.empty(groups, N, 2, dtype=torch.bfloat16, device=weight.device)
-    step = 2**17 // K + 1  # rows at a time: they stay in L2, and take little memory beside the weight
+    # rows at a time: they take little memory beside the weight, and stay in a CPU's L2
+    step = (2**17 if weight.device.type == "cpu" else 2**22) // K + 1
     for rows in (slice(at, at + step) for at in range(0, N, step)):
         if kind == "float16":
             data[rows] = weight[rows].clamp(-65504, 65504)
