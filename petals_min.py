@@ -101,8 +101,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, AsyncIterator, NamedTuple  # noqa: UP035 - hivemind reads typing's AsyncIterator
 
-_collecting = gc.isenabled()
-gc.disable()  # imports leave no garbage; to look for it all the same is a fifth of their time
+if __name__ == "__main__":
+    gc.disable()  # imports leave no garbage; to look for it all the same is a fifth of their time
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -130,8 +130,6 @@ from transformers import PretrainedConfig  # noqa: E402
 from kernels import attention, graphs, lora, matmul, norm, positions  # noqa: E402
 
 multiprocessing.set_start_method(_start_method, force=True)  # hivemind's import set it; ours must not
-if _collecting:
-    gc.enable()
 
 __version__ = "0.1.0"
 logger = logging.getLogger("petals_min")
@@ -443,7 +441,7 @@ def default_prefix(config: PretrainedConfig, model_name: str) -> str:
 
 @contextlib.contextmanager
 def _without_collections() -> Iterator[None]:
-    """For transformers' imports, as above for ours."""
+    """For transformers' imports, which leave no garbage."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -3441,7 +3439,9 @@ class Executor(threading.Thread):
         self.rotary = positions.Rotary(config if spec.rotary else None, spec.head_dim, self.device)
         self.places = lora_places(config, next(iter(blocks.values())))  # alike in all blocks of a model
         self.adapters: dict[str, dict[int, BlockLora]] = {}  # name -> block -> what it adds
-        self.graphs = graphs.Graphs() if self.device.type == "cuda" else None
+        # PyTorch's own operators, where there is no Triton, are told lengths by the host
+        with_kernels = self.device.type == "cuda" and attention.triton is not None
+        self.graphs = graphs.Graphs() if with_kernels else None
         self.passes = self.steps = 0  # for status and tests: passes, finished steps
         self._served: weakref.WeakSet[RowTables] = weakref.WeakSet()  # sessions that had an answer
         self._pass_seconds = 0.0  # of the last pass
@@ -3634,7 +3634,8 @@ class Executor(threading.Thread):
         return runs.values()
 
     def _span(self, indices, plan: attention.Plan, x: Tensor, cos, sin, adapted: Adapted = ()) -> Tensor:
-        """[tokens, H] -> [tokens, H]. On CUDA nothing in here waits for the device."""
+        """[tokens, H] -> [tokens, H]. With kernels nothing in here waits for the device, up to
+        graphs.MAX_ROWS tokens."""
         for index in indices:
             pages = self.pool.k[index], self.pool.v[index]
 
@@ -4895,4 +4896,5 @@ def run_demo(model: str | None = None, prompt: str = DEMO_PROMPT, servers=2, max
 
 
 if __name__ == "__main__":
+    gc.enable()
     sys.exit(main())

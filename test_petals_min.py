@@ -6468,6 +6468,32 @@ def test_attention_on_the_cpu_is_the_reference(N, K, dtype):
                     assert worst(got, want) < TOLERANCE[dtype], (shape, fragmented, window)
 
 
+def test_the_wrappers_say_what_does_not_fit():
+    """What a kernel would read beyond its end, or take for another type."""
+    q, k, v, *rows = cache([(2, 18)], 4, 2, 16, torch.float32)
+    plan, x, cos = attention.plan(*rows, PAGE), torch.randn(2, 64), torch.randn(2, 16)
+    meta, weight = torch.empty(2, 64, device="meta"), torch.ones(64)
+    attend = functools.partial(attention.attend, q, scale=1.0)
+    rope = functools.partial(attention.rope_append, torch.randn(2, 8, 16))
+    for call, message in (
+        (lambda: attend(k, v[:1], plan), "do not fit a plan"),
+        (lambda: attend(k, v.to("meta"), plan), "are on .*want one device"),
+        (lambda: attend(k, v, plan, slopes=torch.ones(8)), r"slopes \[8\]: want one for each of 4"),
+        (lambda: rope(cos[:1], cos[:1], k, v, plan), r"want two of \[2, 16 or less\]"),
+        (lambda: rope(cos, cos, k, v[:1], plan), "does not fit keys .*, values"),
+        (lambda: rope(cos, cos, k.to("meta"), v, plan), "on cpu does not fit keys .* on meta"),
+        (lambda: norm.add_norm(x, x.half(), weight, eps=1e-5), "residual .*float16 .*want a residual like x"),
+        (lambda: norm.add_norm(x, None, meta[0], eps=1e-5), "weight .*on meta do not fit"),
+        (lambda: norm.silu_mul(x, meta), "on cpu and up .*on meta differ"),
+        (
+            lambda: matmul.routed(x, torch.randn(2, 8, 64), torch.tensor([0, 1, 2])),
+            "int64 do not fit .*int32",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_append_and_rope_append_write_where_attention_reads():
     """Tokens of a mixed pass land in their pages, rotated as transformers' Llama rotates them."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -7093,6 +7119,11 @@ def test_quantized_weights_on_the_gpu(dtype):
             check_product(kind, M, 100, 320, dtype, "cuda")
         for starts in ([0, 0, 3, 20, 21], [0, 1, 2, 3, 4], [0, 400, 400, 400, 700]):
             check_routed(kind, starts, dtype, "cuda")
+        dense, x = torch.randn(4, 48, 128, device="cuda"), torch.randn(700, 128, device="cuda").to(dtype)
+        w = dense.to(dtype) if kind == "none" else matmul.quantize(dense, kind)
+        starts = torch.tensor(starts, dtype=torch.int32, device="cuda")
+        few = matmul.launch_product(x, w, starts)  # what so many rows do not take
+        assert relative(matmul.routed(x, w, starts), few) < 2 * TOLERANCE[dtype]
     for kind in ("int8", "int4"):
         w, x = (
             matmul.quantize(torch.randn(1024, 4096, device="cuda"), kind),

@@ -24,11 +24,9 @@ def rope_append(qkv, cos, sin, k_pages, v_pages, plan: Plan):
     overwritten."""
     K, D = k_pages.shape[2:]
     N = qkv.shape[1] - 2 * K
-    T, fits = (
-        plan.tokens,
-        k_pages.shape == v_pages.shape and qkv.device == plan.slots.device == k_pages.device,
-    )
-    if N < 1 or not fits or qkv.shape[::2] != (T, D) or qkv.dtype != k_pages.dtype:
+    T, alike = plan.tokens, k_pages.shape == v_pages.shape
+    near = qkv.device == plan.slots.device == k_pages.device
+    if N < 1 or not (alike and near) or qkv.shape[::2] != (T, D) or qkv.dtype != k_pages.dtype:
         raise ValueError(
             f"qkv {list(qkv.shape)} {qkv.dtype} on {qkv.device} does not fit keys {list(k_pages.shape)} "
             f"{k_pages.dtype} on {k_pages.device}, values {list(v_pages.shape)} and a plan of {T} tokens on "
