@@ -18,10 +18,10 @@ The trip of one token
     5. `Block` reads and writes the paged attention cache; the last server's answer goes through norm and
        head.
 
-Sections: 1 basics, 2 families, 3 checkpoints, 4 wire, 5 directory, 6 routing, 7 to 9 sessions (one server,
-the route, the user's side), 10 RemoteSequential, 11 auto classes, 12 blocks, 13 paged cache, 14 and 15 the
-executor, 16 requests without cache, 17 a server's sessions, 18 request handler, 19 server, 20 command line,
-21 demo.
+Sections: 1 basics, 2 families, 3 checkpoints, 4 wire, 5 direct streams, 6 directory, 7 routing, 8 to 10
+sessions (one server, the route, the user's side), 11 RemoteSequential, 12 auto classes, 13 blocks, 14 paged
+cache, 15 and 16 the executor, 17 requests without cache, 18 a server's sessions, 19 request handler,
+20 server, 21 command line, 22 demo.
 
 Threads: which one owns what
     wire thread      one per process: an asyncio loop that owns every socket, the libp2p host, the DHT node,
@@ -39,7 +39,8 @@ Whom one trusts
     server in one's path is trusted for its content. A stranger is trusted for nothing: a session takes pushes
     only from the peer that its client named (`push_from`, compared with the authenticated peer id; clients
     that name nobody, such as original Petals, have the session id as capability), a push can neither rewind a
-    session nor run twice, and sizes, queues and times are bounded. Records of the directory are parsed as
+    session nor run twice, and sizes, queues and times are bounded. A direct stream is as private, and its
+    sender as certain, as the libp2p stream by which its key came (section 5). Records of the directory are parsed as
     hostile input. Nothing received is ever unpickled or evaluated.
 
 Glossary, with examples
@@ -113,9 +114,12 @@ import hivemind  # noqa: E402
 import hivemind.utils.tensor_descr as tensor_descr  # noqa: E402
 import transformers  # noqa: E402
 import uvloop  # noqa: E402
+from cryptography.exceptions import InvalidTag  # noqa: E402
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # noqa: E402
 from hivemind.compression import deserialize_torch_tensor, serialize_torch_tensor  # noqa: E402
 from hivemind.dht.node import DHTID, DHTNode  # noqa: E402
 from hivemind.p2p import P2P, P2PContext, P2PHandlerError, PeerID, ServicerBase  # noqa: E402
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo  # noqa: E402
 from hivemind.proto import dht_pb2, runtime_pb2  # noqa: E402
 from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID  # noqa: E402
 from hivemind.utils import MSGPackSerializer, get_dht_time  # noqa: E402
@@ -160,8 +164,9 @@ PUBLIC_INITIAL_PEERS = (
 # What this version adds to the wire (PROTOCOL.md, "What petals_min adds"). keep: so a forward request names
 # its pass; the backward request with this name need not compute it again. To a client that named who pushes
 # (push_from), a step's answer says pushed: False in its metadata where the client had to send it itself. A
-# step may say as whole where the step ends of which it is a piece (Step.whole).
-FEATURES = ("left_pad", "push_from", "step_tensors", "lora", "keep")
+# step may say as whole where the step ends of which it is a piece (Step.whole). direct: it gives tickets for
+# direct streams (section 5).
+FEATURES = ("left_pad", "push_from", "step_tensors", "lora", "keep", "direct")
 
 
 class PetalsError(Exception):
@@ -471,6 +476,7 @@ class ClientConfig:
     blocked_servers: Sequence[str] | None = None  # peer ids or public names
     allowed_quant_types: Sequence[str] | None = None  # such as ["none", "int8"]; None: servers of any
     use_server_to_server: bool = True  # let servers push their outputs to each other
+    use_direct_streams: bool = True  # talk to near servers without libp2p's daemons in between
     # "float16": over slow links large payloads go in 16 bits, each time with an error of 2**-11 (`SLOW_PING`)
     compression: str | None = None
     show_route: bool | str = "inference"  # log routes: of "inference" sessions, True: all, False: none
@@ -670,9 +676,10 @@ def unpack(message: runtime_pb2.Tensor) -> Tensor:
     shape, size = list(message.size), len(message.buffer)
     expect(message.dtype in WIRE_DTYPES, f"a tensor of {', '.join(WIRE_DTYPES)}", message.dtype)
     dtype = getattr(torch, message.dtype)
-    plain = message.compression == runtime_pb2.NONE and size and min(shape, default=1) > 0
+    plain = message.compression == runtime_pb2.NONE and min(shape, default=0) >= 0
     if plain and size == math.prod(shape) * dtype.itemsize:  # 4 us; hivemind takes 25
-        return torch.frombuffer(bytearray(message.buffer), dtype=dtype).view(shape)
+        data = bytearray(message.buffer)
+        return (torch.frombuffer(data, dtype=dtype) if size else NOTHING.to(dtype)).view(shape)
     with _failing_as(ValueError, f"expected {message.dtype} {shape}; {size} bytes came"):
         tensor = deserialize_torch_tensor(message).detach()
     expect(list(tensor.shape) == shape, "sizes of 0 or more", shape)
@@ -786,14 +793,16 @@ class Stream:
     """A raw two-way stream to a peer's handler. Unlike hivemind's stub streams it fails at once when the
     other side dies (PROTOCOL.md, "hivemind 1.1.12, as it behaves"). Wire thread."""
 
-    def __init__(self, peer: PeerID, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+    def __init__(self, peer: PeerID, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, place: str):
         self.peer, self.reader, self.writer, self.close = peer, reader, writer, writer.close
+        self.place = place  # the other end of the connection, a multiaddr
         self.sent = self.arrived = 0  # bytes
 
     @classmethod
     async def open(cls, p2p: P2P, peer: PeerID, rpc: str, timeout: float) -> Stream:
         opening = p2p.call_binary_stream_handler(peer, f"{HANDLER}.{rpc}")
-        return cls(peer, *(await _within(timeout, peer, opening))[1:])
+        info, reader, writer = await _within(timeout, peer, opening)
+        return cls(peer, reader, writer, str(info.addr))
 
     @property
     def moved(self) -> int:
@@ -1000,7 +1009,172 @@ class Swarm:
 
 
 # ============================================================================================================
-# 5  Directory: who serves what
+# 5  Direct streams: a conversation with a neighbour, without libp2p's daemons in between
+# ============================================================================================================
+
+# What goes by libp2p passes a daemon, a process of its own, at either end: about 1 ms a way, where a socket
+# needs 0.1. So a server of ours also listens on a port of its own. A peer asks it by libp2p, which encrypts
+# and knows who asks, for a ticket: the port, and a key for one connection. In that connection everything goes
+# as in a libp2p stream, to the same handler. Where none comes about, libp2p does as well.
+
+DIRECT = ("rpc_inference", "rpc_push_stream")  # to which tickets are given
+DIRECT_SECONDS = 1.0  # in which a direct stream must be there
+INDIRECT_SECONDS = 300.0  # for which it is not tried again with a peer where that failed
+NEAR_PING = 0.03  # seconds of round trip up to which it is tried: on a longer way it saves next to nothing
+TICKET_SECONDS, MAX_TICKETS = 10.0, 1024  # for which a ticket holds; not used yet
+MAX_STRANGERS = 64  # connections that have not shown their ticket yet
+MUTE_SECONDS = 20  # after which a connection that does not acknowledge what was sent is dead
+ID_BYTES, FRAME_BYTES, TAG_BYTES = 16, 2**16, 16
+
+
+class Sealed(asyncio.StreamReaderProtocol):
+    """One end of a direct stream. Who connects sends the ticket's id; then both send frames: 4 bytes of
+    length, then so many of AES-128-GCM. Key and nonce (the sender's side, the frame's number) serve one frame
+    only, so none can be read, changed, left out, repeated or sent back by others. Wire thread."""
+
+    def __init__(self, key: bytes = b"", door: Door | None = None):
+        self.reader = asyncio.StreamReader(limit=OFFLOAD_BYTES)
+        super().__init__(self.reader)
+        self.door, self.aead = door, AESGCM(key) if key else None  # None: no ticket has come yet
+        self.came, self.numbers = bytearray(), {True: itertools.count(), False: itertools.count()}
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
+        super().connection_made(transport)
+        with contextlib.suppress(AttributeError):  # systems without it
+            mute = socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * MUTE_SECONDS
+            transport.get_extra_info("socket").setsockopt(*mute)
+        if self.door is not None:
+            self.door.greet(self)
+
+    def _nonce(self, ours: bool) -> bytes:
+        """Of the next frame that we, or the other end, send."""
+        of_server = ours == (self.door is not None)
+        return bytes([of_server]) + next(self.numbers[ours]).to_bytes(11, "big")
+
+    def seal(self, data: bytes | bytearray) -> bytes:
+        parts = (bytes(data[at : at + FRAME_BYTES]) for at in range(0, len(data), FRAME_BYTES))
+        frames = [self.aead.encrypt(self._nonce(True), part, None) for part in parts]
+        return b"".join([len(frame).to_bytes(4, "big") + frame for frame in frames])
+
+    def data_received(self, data: bytes) -> None:
+        self.came += data
+        if self.aead is None and len(self.came) >= ID_BYTES:
+            self.aead = self.door.admit(self, bytes(self.came[:ID_BYTES]))
+            del self.came[:ID_BYTES]
+        while self.aead is not None and len(self.came) >= 4:
+            size = int.from_bytes(self.came[:4], "big")
+            if size > FRAME_BYTES + TAG_BYTES:
+                return self.transport.abort()
+            if len(self.came) < 4 + size:
+                return None
+            try:
+                plain = self.aead.decrypt(self._nonce(False), bytes(self.came[4 : 4 + size]), None)
+            except InvalidTag:
+                return self.transport.abort()
+            del self.came[: 4 + size]
+            super().data_received(plain)
+        return None
+
+
+class SealedWriter(asyncio.StreamWriter):
+    """Seals what is written, when it is drained, as hivemind does after every message."""
+
+    def __init__(self, protocol: Sealed):
+        super().__init__(protocol.transport, protocol, protocol.reader, asyncio.get_running_loop())
+        self.protocol, self.held = protocol, bytearray()
+
+    def write(self, data: bytes) -> None:
+        self.held += data
+
+    async def drain(self) -> None:
+        held, self.held = self.held, bytearray()
+        super().write(self.protocol.seal(held))
+        await super().drain()
+
+
+class Door:
+    """Where a server takes direct streams. Wire thread."""
+
+    def __init__(self, p2p: P2P):
+        self.p2p, self.port, self.listeners = p2p, 0, []
+        self.tickets: dict[bytes, tuple[float, bytes, PeerID, str]] = {}  # id -> until, key, peer, handler
+        self.strangers: set[Sealed] = set()  # connections that have not shown a ticket
+        self.known: weakref.WeakSet[Sealed] = weakref.WeakSet()  # others
+
+    async def listen(self, host_maddrs: Iterable[Any], port: int) -> None:
+        """On the hosts where libp2p listens. OSError if the port is taken."""
+        self.port, loop = port, asyncio.get_running_loop()
+        for host in sorted({_host(address) for address in host_maddrs} - {None}):
+            listener = await loop.create_server(lambda: Sealed(door=self), host, self.port)
+            self.listeners.append(listener)
+            self.port = listener.sockets[0].getsockname()[1]
+
+    def ticket(self, peer: PeerID, rpc: str) -> dict[str, Any]:
+        """For one connection of this peer to one of our handlers."""
+        expect(rpc in DIRECT and self.listeners, f"one of {DIRECT}, where there are direct streams", rpc)
+        now, id, key = time.monotonic(), os.urandom(ID_BYTES), AESGCM.generate_key(128)
+        for old, (until, *_) in list(self.tickets.items()):  # the oldest first
+            if until < now or len(self.tickets) >= MAX_TICKETS:
+                del self.tickets[old]
+        self.tickets[id] = now + TICKET_SECONDS, key, peer, f"{HANDLER}.{rpc}"
+        return {"port": self.port, "id": id, "key": key}
+
+    def greet(self, one: Sealed) -> None:
+        """A connection has come; it must show a ticket soon."""
+        self.strangers.add(one)
+        if len(self.strangers) > MAX_STRANGERS:
+            self._dismiss(one)
+        asyncio.get_running_loop().call_later(TICKET_SECONDS, self._dismiss, one)
+
+    def _dismiss(self, one: Sealed) -> None:
+        if one in self.strangers:
+            self.strangers.remove(one)
+            one.transport.abort()
+
+    def admit(self, one: Sealed, id: bytes) -> AESGCM | None:
+        """Give the connection to the handler that its ticket is for, as libp2p's daemon does with a
+        stream."""
+        until, key, peer, name = self.tickets.pop(id, (-math.inf, b"", None, ""))
+        if until < time.monotonic():
+            return self._dismiss(one)
+        self.strangers.discard(one)
+        self.known.add(one)
+        handler = self.p2p._client.control.handlers[name]
+        _spawn(handler(StreamInfo(peer, None, name), one.reader, SealedWriter(one)))
+        return AESGCM(key)
+
+    def close(self) -> None:
+        for listener in self.listeners:
+            listener.close()
+        for one in [*self.strangers, *self.known]:
+            one.transport.abort()
+
+
+def _host(address: Any) -> str | None:
+    """The IP address of a multiaddr that is not behind a relay."""
+    found = re.match(r"/ip[46]/([^/]+)/", str(address))
+    return found[1] if found and "p2p-circuit" not in str(address) else None
+
+
+async def open_direct(p2p: P2P, peer: PeerID, rpc: str, timeout: float = DIRECT_SECONDS) -> Stream:
+    """A direct stream to one of a server's DIRECT handlers; PeerError if there is none in time."""
+    return await _within(timeout, peer, _open_direct(p2p, peer, rpc))
+
+
+async def _open_direct(p2p: P2P, peer: PeerID, rpc: str) -> Stream:
+    with contextlib.closing(await Stream.open(p2p, peer, "rpc_direct", DIRECT_SECONDS)) as asking:
+        await asking.send(ExpertUID(uid=rpc))
+        ticket = MSGPackSerializer.loads((await asking.receive(ExpertInfo)).serialized_info)
+    host, sealed = _host(asking.place), Sealed(ticket["key"])
+    expect(host and len(ticket["id"]) == ID_BYTES, "a ticket, and not by a relay", asking.place)
+    await asyncio.get_running_loop().create_connection(lambda: sealed, host, ticket["port"])
+    sealed.transport.write(ticket["id"])
+    return Stream(peer, sealed.reader, SealedWriter(sealed), asking.place)
+
+
+# ============================================================================================================
+# 6  Directory: who serves what
 # ============================================================================================================
 
 OFFLINE, JOINING, ONLINE = 0, 1, 2
@@ -1156,7 +1330,7 @@ def worst_blocks(table: list[dict[PeerID, ServerInfo]], count: int) -> range:
 
 
 # ============================================================================================================
-# 6  Routing: which servers to use
+# 7  Routing: which servers to use
 # ============================================================================================================
 
 DEFAULT_RPS = 300.0  # tokens/s per block where a server does not say (Petals' default_inference_rps)
@@ -1185,6 +1359,7 @@ class Router:
         self.known: dict[PeerID, Span] = {}  # of each server that ever had it
         self.updated = -math.inf  # time.monotonic() of the last reading
         self.pings: dict[PeerID, float] = {}  # smoothed round trips, seconds
+        self.indirect: dict[PeerID, float] = {}  # until when (monotonic) direct streams are not tried
         # who failed and has not succeeded since, the latest at the end: banned until (monotonic), failures in
         # a row, why, and whether it is silent (None: not known): an answer lifts such a ban
         self.bans: dict[PeerID, tuple[float, int, str, bool | None]] = {}
@@ -1311,6 +1486,18 @@ class Router:
             elif silent is None:
                 self.bans[peer] = (*ban, isinstance(answer, BaseException))
         return bool(back)
+
+    async def stream(self, span: Span) -> Stream:
+        """To a server, for a session: a direct one, if it is near and such streams reach it."""
+        peer, now = span.peer, time.monotonic()
+        near = self.config.use_direct_streams and self.pings.get(peer, math.inf) <= NEAR_PING
+        if near and "direct" in span.info.features and self.indirect.get(peer, now) <= now:
+            try:
+                return await open_direct(self.swarm.p2p, peer, "rpc_inference")
+            except PeerError as error:
+                logger.info("no direct stream to %s (%s), so by libp2p", peer, error)
+                self.indirect[peer] = now + INDIRECT_SECONDS
+        return await Stream.open(self.swarm.p2p, peer, "rpc_inference", self.config.connect_timeout)
 
     def _usable(self, start: int, end: int, needs: Callable | None = None) -> list[list[Span]]:
         """For each block start..end-1 the spans that hold it and meet the needs. Banned ones only where all
@@ -1444,7 +1631,7 @@ class Router:
 
 
 # ============================================================================================================
-# 7  Sessions, one server: steps, their history, a stream there and answers back
+# 8  Sessions, one server: steps, their history, a stream there and answers back
 # ============================================================================================================
 
 PROBE_SECONDS = 0.2  # silence after which a server at work is asked whether it lives, and again after as long
@@ -1692,8 +1879,7 @@ class Hop:
         return "step_tensors" in self.span.info.features
 
     async def connect(self, router: Router) -> None:
-        timeout = router.config.connect_timeout
-        self.stream = await Stream.open(router.swarm.p2p, self.span.peer, "rpc_inference", timeout)
+        self.stream = await router.stream(self.span)
         self.alive, self.reader = True, _spawn(self._read())
 
     def expect(self, step: Step) -> Answer:
@@ -1778,7 +1964,7 @@ class Hop:
 
 
 # ============================================================================================================
-# 8  Sessions, the wire side: how a route is opened, run, watched, repaired
+# 9  Sessions, the wire side: how a route is opened, run, watched, repaired
 # ============================================================================================================
 
 
@@ -2041,7 +2227,7 @@ class Route:
 
 
 # ============================================================================================================
-# 9  Sessions, the user's side: a transformers cache whose layers live on other machines
+# 10  Sessions, the user's side: a transformers cache whose layers live on other machines
 # ============================================================================================================
 
 
@@ -2342,7 +2528,7 @@ class InferenceSession(transformers.Cache):
 
 
 # ============================================================================================================
-# 10  RemoteSequential: blocks of other machines as a PyTorch module
+# 11  RemoteSequential: blocks of other machines as a PyTorch module
 # ============================================================================================================
 
 MAX_BATCH_TOKENS = 1024  # tokens in one forward or backward request, unless a single row has more
@@ -2597,7 +2783,7 @@ async def _request(
 
 
 # ============================================================================================================
-# 11  Auto classes: transformers' models whose blocks are remote
+# 12  Auto classes: transformers' models whose blocks are remote
 # ============================================================================================================
 
 
@@ -2935,7 +3121,7 @@ class AutoDistributedModelForSequenceClassification(AutoDistributedModel):
 
 
 # ============================================================================================================
-# 12  Blocks: one transformer layer, for all families
+# 13  Blocks: one transformer layer, for all families
 # ============================================================================================================
 
 
@@ -3155,6 +3341,8 @@ def clients_lora(metadata: dict, matrices: list[Tensor], places: dict, most: int
     """A client's own LoRA, block -> LoraParts, from A [some of the blocks, r, K] and B [these, n, r] of each
     target. `most`: the highest rank. ValueError for anything else."""
     names = metadata.get("lora_targets", ())
+    if not names and not matrices:
+        return {}
     first, scale = metadata.get("lora_first", 0), metadata.get("lora_scale", 1.0)
     fits = set(names) <= places.keys() and len(set(names)) == len(names)
     expect(fits, f"lora_targets among {', '.join(places)}, each once", names)
@@ -3245,7 +3433,7 @@ class AdapterCheckpoint:
 
 
 # ============================================================================================================
-# 13  Paged cache: keys and values of all sessions of a server
+# 14  Paged cache: keys and values of all sessions of a server
 # ============================================================================================================
 
 
@@ -3366,7 +3554,7 @@ class RowTables:
 
 
 # ============================================================================================================
-# 14  Executor: the thread that owns the model
+# 15  Executor: the thread that owns the model
 # ============================================================================================================
 
 # Tokens of one pass; a larger step goes in such pieces, a block at a time between the passes of the others.
@@ -3661,7 +3849,7 @@ class Executor(threading.Thread):
 
 
 # ============================================================================================================
-# 15  Parts: what a step brings to a pass
+# 16  Parts: what a step brings to a pass
 # ============================================================================================================
 
 
@@ -3682,34 +3870,44 @@ class _Part:
         self.work, self.tokens = work, slice(work.done, work.done + portion)
         low, pads = work.start + work.done, work.tables.pads
         own = torch.arange(low, low + portion) - torch.tensor(pads)[:, None]  # a row's own positions
-        self.real = own >= 0  # [B, portion]: no padding
-        self.at = own[self.real]
+        self.real = own >= 0 if low < max(pads) else None  # [B, portion]: no padding; None: there is none
+        self.at = self._real(own)
         # of rows with tokens: table, how many, the row's length after them, after the whole step
         self.rows = []
-        for row, (pad, new) in enumerate(zip(pads, self.real.sum(1).tolist(), strict=True)):
-            if new:
-                length = low + portion - pad
+        for row, pad in enumerate(pads):
+            length = low + portion - pad
+            new = min(portion, length)
+            if new > 0:
                 table = work.tables.prepare(row, length - new, length)
                 self.rows.append((table, new, length, work.whole - pad))
-        self.x = work.hidden[:, self.tokens][self.real].to(executor.dtype)  # on the CPU, between passes
-        # deep prompts are for a row's first tokens in this step: [tokens] which row, which prompt (P: none)
-        P, before = work.prompts.shape[2], (work.start - torch.tensor(pads)[:, None]).clamp(min=0)
-        self.nth = self.real.nonzero()[:, 0], (own - before)[self.real].clamp(max=P)
-        self.prompted = bool((self.nth[1] < P).any())
+        self.x = self._real(work.hidden[:, self.tokens]).to(executor.dtype)  # on the CPU, between passes
+        P, self.prompted = work.prompts.shape[2], False
+        if P:  # for a row's first tokens in this step: [tokens] which row, which prompt (P: none)
+            before = (work.start - torch.tensor(pads)[:, None]).clamp(min=0)
+            self.nth = (own >= 0).nonzero()[:, 0], self._real(own - before).clamp(max=P)
+            self.prompted = bool((self.nth[1] < P).any())
+
+    def _real(self, each: Tensor) -> Tensor:
+        """[B, portion, …] -> [tokens, …]"""
+        return each.flatten(0, 1) if self.real is None else each[self.real]
 
     def prompts(self, index: int) -> Tensor:
         """What to add to its tokens before this block; zeros to those after the prompts."""
         given = F.pad(self.work.prompts[index - self.work.blocks.start], (0, 0, 0, 1))  # [B or 1, P + 1, H]
-        return given.expand(len(self.real), -1, -1)[self.nth]
+        return given.expand(len(self.work.hidden), -1, -1)[self.nth]
 
     def finish(self) -> None:
-        self.work.output[:, self.tokens][self.real] = self.x
+        output = self.work.output[:, self.tokens]
+        if self.real is None:
+            output.copy_(self.x.view(output.shape))
+        else:
+            output[self.real] = self.x
         self.work.done = self.tokens.stop
         self.work.note_time()
 
 
 # ============================================================================================================
-# 16  Requests without cache: forward and backward passes
+# 17  Requests without cache: forward and backward passes
 # ============================================================================================================
 
 
@@ -3823,11 +4021,12 @@ class WithoutCache:
 
 
 # ============================================================================================================
-# 17  Sessions, the server's side: whose turn it is
+# 18  Sessions, the server's side: whose turn it is
 # ============================================================================================================
 
 MAX_PUSHES, MAX_PUSH_BYTES = 16, 2**28  # held until their turn: per session, in all sessions together
 MAX_PUSHING = 4  # of a session's outputs: to a next server that takes none
+MAX_ROADS = 64  # servers to which we push directly
 MAX_SEEN = 1024  # step ids that a session remembers
 MAX_REQUEST_BYTES = 2**27  # as float32, of the hidden states of a forward or backward request of several rows
 MAX_HELD_BYTES = 2**30  # of forward and backward requests; and as much of sessions that wait for room
@@ -3915,12 +4114,13 @@ class ServerSession:
             if self.position in self.pushes:
                 return self.pushes.pop(self.position)
             self.news.clear()
-            patience = min(STEP_TIMEOUT, self.deadline - time.monotonic())
-            try:
-                await _at_most(patience, self.news.wait())
-            except asyncio.TimeoutError:
-                limits = f"a step every {STEP_TIMEOUT:g} s, for at most {SESSION_TIMEOUT:g} s"
-                raise ValueError(f"the session ended: expected {limits}") from None
+            end = min(time.monotonic() + STEP_TIMEOUT, self.deadline)
+            # a timer is half the work of a task that waits
+            timer = asyncio.get_running_loop().call_later(end - time.monotonic(), self.news.set)
+            await self.news.wait()
+            timer.cancel()
+            limits = f"a step every {STEP_TIMEOUT:g} s, for at most {SESSION_TIMEOUT:g} s"
+            expect(time.monotonic() < end or self.reading.done(), limits, "nothing")
         step, self.reading = self.reading.result(), None
         if step is not None:
             self.push_from = step[1].get("push_from", self.push_from)
@@ -3952,7 +4152,7 @@ class ServerSession:
 
 
 # ============================================================================================================
-# 18  Request handler: what a server answers
+# 19  Request handler: what a server answers
 # ============================================================================================================
 
 
@@ -3965,6 +4165,8 @@ class TransformerConnectionHandler(ServicerBase):
         self.uids = block_uids(server.prefix, server.span.start, server.span.stop)
         self.sessions: dict[str, ServerSession] = {}
         self.held = Counter()  # bytes of each kind of request that waits or is in work
+        self.door = Door(server.swarm.p2p)
+        self.roads: dict[PeerID, Stream | None] = {}  # direct ones for pushes; None: there is none yet
 
     # ---- checks: everything a stranger sends passes here
 
@@ -4106,6 +4308,22 @@ class TransformerConnectionHandler(ServicerBase):
                 await _gather_quietly(_at_most(PUSH_SECONDS, handed_on.wait()))
         return ExpertResponse()
 
+    async def rpc_direct(
+        self, requests: AsyncIterator[ExpertUID], context: P2PContext
+    ) -> AsyncIterator[ExpertInfo]:
+        """A ticket for a direct stream to the handler that the uid names."""
+        async for request in requests:
+            ticket = self.door.ticket(context.remote_id, request.uid)
+            yield ExpertInfo(serialized_info=MSGPackSerializer.dumps(ticket))
+            return
+
+    async def rpc_push_stream(self, requests: Requests, context: P2PContext) -> Responses:
+        """Small pushes of one server, of all sessions. It hears nothing of what we think of them."""
+        async for request in requests:
+            with contextlib.suppress(ValueError):  # says who sent nonsense to whom sent it
+                await self.rpc_push(request, context)
+        yield ExpertResponse()
+
     async def rpc_inference(self, requests: Requests, context: P2PContext) -> Responses:
         step = await _at_most(STEP_TIMEOUT, _next_of(requests))
         if step is None:
@@ -4205,12 +4423,44 @@ class TransformerConnectionHandler(ServicerBase):
         peer = peer_of(name)
         if peer == swarm.peer_id:  # libp2p does not call itself
             await self.rpc_push(request, P2PContext("rpc_push", peer, peer))
-        else:
+        elif not await self._pushed_directly(peer, request):
             await call(swarm.p2p, peer, "rpc_push", request, ExpertResponse, 30)
+
+    async def _pushed_directly(self, peer: PeerID, request: ExpertRequest) -> bool:
+        """Whether the request, a small one, could be handed to a direct stream to its peer, which is built
+        meanwhile if there is none."""
+        if peer not in self.roads and len(self.roads) < MAX_ROADS:
+            _spawn(self._build_road(peer))
+        road = self.roads.get(peer)
+        if road is None or _size(request) > OFFLOAD_BYTES:
+            return False
+        with contextlib.suppress(PeerError):
+            await road.send(request)
+            return True
+        return False
+
+    async def _build_road(self, peer: PeerID) -> None:
+        self.roads[peer] = None
+        try:
+            road = await open_direct(self.server.swarm.p2p, peer, "rpc_push_stream", 5)
+        except PeerError:
+            await asyncio.sleep(INDIRECT_SECONDS)
+        else:
+            self.roads[peer] = road
+            with contextlib.closing(road), contextlib.suppress(PeerError):
+                await road.receive(ExpertResponse)  # none comes, but the end
+        finally:
+            del self.roads[peer]
+
+    def close(self) -> None:
+        """End the direct streams."""
+        self.door.close()
+        for road in filter(None, self.roads.values()):
+            road.close()
 
 
 # ============================================================================================================
-# 19  Server: a process's offer to the swarm
+# 20  Server: a process's offer to the swarm
 # ============================================================================================================
 
 NO_NF4 = "; for nf4 take int4: it is more exact (error .084 of Gaussian weights, nf4's .092), without a table"
@@ -4256,6 +4506,7 @@ class Server:
     initial_peers: Sequence[str] = ()  # multiaddrs of the swarm to join; none for a new one
     host_maddrs: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",)  # to listen on
     announce_maddrs: Sequence[str] | None = None  # to tell others; None: those
+    direct_port: int = 0  # for direct streams, on the same hosts; 0: any; -1: none
     identity_path: str | None = None  # file of the peer's key
     block_indices: tuple[int, int] | None = None  # (first, last + 1)
     num_blocks: int | None = None  # else so many, where the swarm serves worst; None: what memory holds
@@ -4300,7 +4551,7 @@ class Server:
         whole = self.attn_cache_tokens // PAGE * PAGE
         _require(whole, f"attn_cache_tokens {self.attn_cache_tokens}: expected {PAGE} or more, a page")
         self.max_length = min(self.inference_max_length or default_length, whole)
-        self.swarm = self.info = self.executor = self._announcing = None  # until `start`
+        self.swarm = self.info = self.executor = self.handler = self._announcing = None  # until `start`
 
     def _as_many_as_fit(self) -> int:
         """How many blocks, each with its cache, free memory holds beside one that is being quantized. A tenth
@@ -4339,7 +4590,8 @@ class Server:
             info.torch_dtype = "float16" if self.kind == "float16" else str(self.dtype).removeprefix("torch.")
             info.quant_type = self.quant_type
             info.using_relay, info.max_length, info.max_lora_rank = False, self.max_length, self.max_lora_rank
-            info.features = [name for name in FEATURES if name != "lora" or self.max_lora_rank]
+            lacks = {"lora": not self.max_lora_rank, "direct": self.direct_port < 0}
+            info.features = [name for name in FEATURES if not lacks.get(name)]
             info.cache_tokens = max(1, self.attn_cache_tokens // PAGE) * PAGE
             wire().call(self._announce())
             self._announcing = asyncio.run_coroutine_threadsafe(self._keep_announcing(), wire().loop)
@@ -4360,6 +4612,9 @@ class Server:
             self.executor.start()
             self.handler = TransformerConnectionHandler(self)
             wire().call(self.handler.add_p2p_handlers(self.swarm.p2p))
+            if self.direct_port >= 0:
+                with _failing_as(UserError, f"direct_port {self.direct_port}", OSError, "; choose another"):
+                    wire().call(self.handler.door.listen(self.host_maddrs, self.direct_port))
             info.state = ONLINE
             for _ in range(3):  # a busy directory does not take every record at once
                 wire().call(self._announce())
@@ -4435,13 +4690,15 @@ class Server:
         if self.info is not None:
             self.info.state, self.info.next_pings = OFFLINE, None
             await _gather_quietly(_at_most(2.5, self._announce()))
+        if self.handler is not None:
+            self.handler.close()
         if self.executor is not None:
             self.executor.stop()
         await _gather_quietly(_at_most(1, self.swarm.leave()))
 
 
 # ============================================================================================================
-# 20  Command line
+# 21  Command line
 # ============================================================================================================
 
 
@@ -4482,6 +4739,7 @@ _TYPES = (  # flags; what is expected of their text, what converts it, what then
     ("--max_lora_rank", "a whole number, 0 or more", int, lambda rank: rank >= 0),
     ("--seed", "a whole number", int, lambda seed: -(2**63) <= seed < 2**64),
     ("--port", "a port, 0 to 65535", int, lambda port: 0 <= port < 2**16),
+    ("--direct_port", "a port, 0 to 65535, or -1", int, lambda port: -1 <= port < 2**16),
     ("--temperature --update_period", "a number greater than 0", float, lambda x: 0 < x < math.inf),
     ("--top_p", "a number greater than 0 and at most 1", float, lambda share: 0 < share <= 1),
     ("--throughput", "auto or a number, 0 or more", str, lambda rate: rate == "auto" or _number(float(rate))),
@@ -4575,6 +4833,7 @@ def run_serve(model: str, new_swarm: bool = False, initial_peers: Sequence[str] 
     --max_lora_rank                of clients' own LoRA; 0: refused
     --host_maddrs, --port          addresses to listen on; or one TCP port of all interfaces
     --announce_maddrs, --public_ip addresses to tell others; or the one under which they reach --port
+    --direct_port                  for neighbours' streams without libp2p; 0: any (default), -1: none
     --identity_path                file of the peer's key, made if missing: keeps the peer id"""
     _end_on_signals()
     if new_swarm and initial_peers:
@@ -4778,7 +5037,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 # ============================================================================================================
-# 21  Demo: a swarm of processes on this machine
+# 22  Demo: a swarm of processes on this machine
 # ============================================================================================================
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
