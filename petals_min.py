@@ -40,8 +40,8 @@ Whom one trusts
     only from the peer that its client named (`push_from`, compared with the authenticated peer id; clients
     that name nobody, such as original Petals, have the session id as capability), a push can neither rewind a
     session nor run twice, and sizes, queues and times are bounded. A direct stream is as private, and its
-    sender as certain, as the libp2p stream by which its key came (section 5). Records of the directory are parsed as
-    hostile input. Nothing received is ever unpickled or evaluated.
+    sender as certain, as the libp2p stream by which its key came (section 5). Records of the directory are
+    parsed as hostile input. Nothing received is ever unpickled or evaluated.
 
 Glossary, with examples
     block      one transformer layer, by its index: 3
@@ -857,6 +857,219 @@ async def call_large(
         return await _within(timeout, peer, watch.stream.converse(request))
 
 
+# ============================================================================================================
+# 5  Direct streams: a conversation with a neighbour, without libp2p's daemons in between
+# ============================================================================================================
+
+# What goes by libp2p passes a daemon, a process of its own, at either end: about 1 ms a way, where a socket
+# needs 0.1. So a server of ours also listens on a port of its own. A peer asks it by libp2p, which encrypts
+# and knows who asks, for a ticket: the port, and a key for one connection. In that connection everything goes
+# as in a libp2p stream, to the same handler. Where none comes about, libp2p does as well.
+
+DIRECT = ("rpc_inference", "rpc_push_stream")  # to which tickets are given
+DIRECT_SECONDS = 1.0  # in which a direct stream must be there
+INDIRECT_SECONDS = 300.0  # for which it is not tried again with a peer where that failed
+NEAR_PING = 0.03  # seconds of round trip up to which it is tried: on a longer way it saves next to nothing
+TICKET_SECONDS, MAX_TICKETS = 10.0, 1024  # for which a ticket holds; not used yet
+MAX_ROADS = 64  # servers to which one pushes by direct streams
+MAX_STRANGERS = 64  # connections that have not shown their ticket yet
+MUTE_SECONDS = 20  # after which a connection that does not acknowledge what was sent is dead
+ID_BYTES, FRAME_BYTES, TAG_BYTES = 16, 2**16, 16
+
+
+class Sealed(asyncio.StreamReaderProtocol):
+    """One end of a direct stream. Who connects sends the ticket's id; then both send frames: 4 bytes of
+    length, then so many of AES-128-GCM. Key and nonce (the sender's side, the frame's number) serve one frame
+    only, so none can be read, changed, left out, repeated or sent back by others. Wire thread."""
+
+    def __init__(self, key: bytes = b"", door: Door | None = None):
+        self.reader = asyncio.StreamReader(limit=OFFLOAD_BYTES)
+        super().__init__(self.reader)
+        self.door, self.aead = door, AESGCM(key) if key else None  # None: no ticket has come yet
+        self.came, self.numbers = bytearray(), {True: itertools.count(), False: itertools.count()}
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
+        super().connection_made(transport)
+        with contextlib.suppress(AttributeError):  # systems without it
+            mute = socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * MUTE_SECONDS
+            transport.get_extra_info("socket").setsockopt(*mute)
+        if self.door is not None:
+            self.door.greet(self)
+
+    def eof_received(self) -> bool:
+        super().eof_received()
+        return False  # no half of a connection stays open
+
+    def _nonce(self, ours: bool) -> bytes:
+        """Of the next frame that we, or the other end, send."""
+        of_server = ours == (self.door is not None)
+        return bytes([of_server]) + next(self.numbers[ours]).to_bytes(11, "big")
+
+    def seal(self, data: bytes | bytearray) -> bytes:
+        parts = (bytes(data[at : at + FRAME_BYTES]) for at in range(0, len(data), FRAME_BYTES))
+        frames = [self.aead.encrypt(self._nonce(True), part, None) for part in parts]
+        return b"".join([len(frame).to_bytes(4, "big") + frame for frame in frames])
+
+    def data_received(self, data: bytes) -> None:
+        self.came += data
+        if self.aead is None and len(self.came) >= ID_BYTES:
+            self.aead = self.door.admit(self, bytes(self.came[:ID_BYTES]))
+            del self.came[:ID_BYTES]
+        while self.aead is not None and len(self.came) >= 4:
+            size = int.from_bytes(self.came[:4], "big")
+            if size > FRAME_BYTES + TAG_BYTES:
+                return self.transport.abort()
+            if len(self.came) < 4 + size:
+                return None
+            try:
+                plain = self.aead.decrypt(self._nonce(False), bytes(self.came[4 : 4 + size]), None)
+            except InvalidTag:
+                return self.transport.abort()
+            del self.came[: 4 + size]
+            super().data_received(plain)
+        return None
+
+
+class SealedWriter(asyncio.StreamWriter):
+    """Seals what is written, when it is drained, as hivemind does after every message."""
+
+    def __init__(self, protocol: Sealed):
+        super().__init__(protocol.transport, protocol, protocol.reader, asyncio.get_running_loop())
+        self.protocol, self.held = protocol, bytearray()
+
+    def write(self, data: bytes) -> None:
+        self.held += data
+
+    async def drain(self) -> None:
+        held, self.held = self.held, bytearray()
+        super().write(self.protocol.seal(held))
+        await super().drain()
+
+
+class Door:
+    """Where a server takes direct streams. Wire thread."""
+
+    def __init__(self, p2p: P2P):
+        self.p2p, self.port, self.listeners = p2p, 0, []
+        self.tickets: dict[bytes, tuple[float, bytes, PeerID, str]] = {}  # id -> until, key, peer, handler
+        self.strangers: set[Sealed] = set()  # connections that have not shown a ticket
+        self.known: weakref.WeakSet[Sealed] = weakref.WeakSet()  # others
+
+    async def listen(self, host_maddrs: Iterable[Any], port: int) -> None:
+        """On the hosts where libp2p listens. OSError if the port is taken."""
+        self.port, loop = port, asyncio.get_running_loop()
+        for host in sorted({_host(address) for address in host_maddrs} - {None}):
+            listener = await loop.create_server(lambda: Sealed(door=self), host, self.port)
+            self.listeners.append(listener)
+            self.port = listener.sockets[0].getsockname()[1]
+
+    def ticket(self, peer: PeerID, rpc: str) -> dict[str, Any]:
+        """For one connection of this peer to one of our handlers."""
+        expect(rpc in DIRECT and self.listeners, f"one of {DIRECT}, where there are direct streams", rpc)
+        now, id, key = time.monotonic(), os.urandom(ID_BYTES), AESGCM.generate_key(128)
+        for old, (until, *_) in list(self.tickets.items()):  # the oldest first
+            if until < now or len(self.tickets) >= MAX_TICKETS:
+                del self.tickets[old]
+        self.tickets[id] = now + TICKET_SECONDS, key, peer, f"{HANDLER}.{rpc}"
+        return {"port": self.port, "id": id, "key": key}
+
+    def greet(self, one: Sealed) -> None:
+        """A connection has come; it must show a ticket soon."""
+        self.strangers.add(one)
+        if len(self.strangers) > MAX_STRANGERS:
+            self._dismiss(one)
+        asyncio.get_running_loop().call_later(TICKET_SECONDS, self._dismiss, one)
+
+    def _dismiss(self, one: Sealed) -> None:
+        if one in self.strangers:
+            self.strangers.remove(one)
+            one.transport.abort()
+
+    def admit(self, one: Sealed, id: bytes) -> AESGCM | None:
+        """Give the connection to the handler that its ticket is for, as libp2p's daemon does with a
+        stream."""
+        until, key, peer, name = self.tickets.pop(id, (-math.inf, b"", None, ""))
+        if until < time.monotonic():
+            return self._dismiss(one)
+        self.strangers.discard(one)
+        self.known.add(one)
+        handler = self.p2p._client.control.handlers[name]
+        _spawn(handler(StreamInfo(peer, None, name), one.reader, SealedWriter(one)))
+        return AESGCM(key)
+
+    def close(self) -> None:
+        for listener in self.listeners:
+            listener.close()
+        for one in [*self.strangers, *self.known]:
+            one.transport.abort()
+
+
+def _host(address: Any) -> str | None:
+    """The IP address of a multiaddr that is not behind a relay."""
+    found = re.match(r"/ip[46]/([^/]+)/", str(address))
+    return found[1] if found and "p2p-circuit" not in str(address) else None
+
+
+async def open_direct(p2p: P2P, peer: PeerID, rpc: str, timeout: float = DIRECT_SECONDS) -> Stream:
+    """A direct stream to one of a server's DIRECT handlers; PeerError if there is none in time."""
+    return await _within(timeout, peer, _open_direct(p2p, peer, rpc))
+
+
+async def _open_direct(p2p: P2P, peer: PeerID, rpc: str) -> Stream:
+    with contextlib.closing(await Stream.open(p2p, peer, "rpc_direct", DIRECT_SECONDS)) as asking:
+        await asking.send(ExpertUID(uid=rpc))
+        ticket = MSGPackSerializer.loads((await asking.receive(ExpertInfo)).serialized_info)
+    host, sealed = _host(asking.place), Sealed(ticket["key"])
+    expect(host and len(ticket["id"]) == ID_BYTES, "a ticket, and not by a relay", asking.place)
+    await asyncio.get_running_loop().create_connection(lambda: sealed, host, ticket["port"])
+    sealed.transport.write(ticket["id"])
+    return Stream(peer, sealed.reader, SealedWriter(sealed), asking.place)
+
+
+class Roads:
+    """Direct streams to other servers, for small pushes of all sessions. Wire thread."""
+
+    def __init__(self, p2p: P2P):
+        self.p2p = p2p
+        self.streams: dict[PeerID, Stream | None] = {}  # None: there is none, or none yet
+
+    async def push(self, peer: PeerID, request: ExpertRequest) -> bool:
+        """Whether the request could be handed to a stream, which is built meanwhile if there is none."""
+        if peer not in self.streams and len(self.streams) < MAX_ROADS:
+            _spawn(self._build(peer))
+        stream = self.streams.get(peer)
+        if stream is None or _size(request) > OFFLOAD_BYTES:
+            return False
+        with contextlib.suppress(PeerError):
+            await stream.send(request)
+            return True
+        return False
+
+    async def _build(self, peer: PeerID) -> None:
+        self.streams[peer] = None
+        try:
+            stream = await open_direct(self.p2p, peer, "rpc_push_stream", 5)
+        except PeerError:
+            await asyncio.sleep(INDIRECT_SECONDS)
+        else:
+            self.streams[peer] = stream
+            with contextlib.closing(stream), contextlib.suppress(PeerError):
+                await stream.receive(ExpertResponse)  # none comes, but the end
+        finally:
+            del self.streams[peer]
+
+    def close(self) -> None:
+        for stream in filter(None, self.streams.values()):
+            stream.close()
+
+
+# ============================================================================================================
+# 6  Directory: a process's place in a swarm, and who serves what
+# ============================================================================================================
+
+OFFLINE, JOINING, ONLINE = 0, 1, 2
+MAX_TEXT = MAX_PINGS = 1000  # characters of a text, round trips: a record with more is refused
 _NOBODY = "none of the initial peers answers; check the addresses, and that they run and are reachable"
 _JOIN_ERRORS = {  # what hivemind and libp2p say -> what it means, what to do
     "failed to connect to bootstrap": _NOBODY,
@@ -1006,179 +1219,6 @@ class Swarm:
             if node.cache_refresh_task is not None:  # hivemind's shutdown leaves it waiting for ever
                 node.cache_refresh_task.cancel()
             await node.shutdown()
-
-
-# ============================================================================================================
-# 5  Direct streams: a conversation with a neighbour, without libp2p's daemons in between
-# ============================================================================================================
-
-# What goes by libp2p passes a daemon, a process of its own, at either end: about 1 ms a way, where a socket
-# needs 0.1. So a server of ours also listens on a port of its own. A peer asks it by libp2p, which encrypts
-# and knows who asks, for a ticket: the port, and a key for one connection. In that connection everything goes
-# as in a libp2p stream, to the same handler. Where none comes about, libp2p does as well.
-
-DIRECT = ("rpc_inference", "rpc_push_stream")  # to which tickets are given
-DIRECT_SECONDS = 1.0  # in which a direct stream must be there
-INDIRECT_SECONDS = 300.0  # for which it is not tried again with a peer where that failed
-NEAR_PING = 0.03  # seconds of round trip up to which it is tried: on a longer way it saves next to nothing
-TICKET_SECONDS, MAX_TICKETS = 10.0, 1024  # for which a ticket holds; not used yet
-MAX_STRANGERS = 64  # connections that have not shown their ticket yet
-MUTE_SECONDS = 20  # after which a connection that does not acknowledge what was sent is dead
-ID_BYTES, FRAME_BYTES, TAG_BYTES = 16, 2**16, 16
-
-
-class Sealed(asyncio.StreamReaderProtocol):
-    """One end of a direct stream. Who connects sends the ticket's id; then both send frames: 4 bytes of
-    length, then so many of AES-128-GCM. Key and nonce (the sender's side, the frame's number) serve one frame
-    only, so none can be read, changed, left out, repeated or sent back by others. Wire thread."""
-
-    def __init__(self, key: bytes = b"", door: Door | None = None):
-        self.reader = asyncio.StreamReader(limit=OFFLOAD_BYTES)
-        super().__init__(self.reader)
-        self.door, self.aead = door, AESGCM(key) if key else None  # None: no ticket has come yet
-        self.came, self.numbers = bytearray(), {True: itertools.count(), False: itertools.count()}
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        self.transport = transport
-        super().connection_made(transport)
-        with contextlib.suppress(AttributeError):  # systems without it
-            mute = socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * MUTE_SECONDS
-            transport.get_extra_info("socket").setsockopt(*mute)
-        if self.door is not None:
-            self.door.greet(self)
-
-    def _nonce(self, ours: bool) -> bytes:
-        """Of the next frame that we, or the other end, send."""
-        of_server = ours == (self.door is not None)
-        return bytes([of_server]) + next(self.numbers[ours]).to_bytes(11, "big")
-
-    def seal(self, data: bytes | bytearray) -> bytes:
-        parts = (bytes(data[at : at + FRAME_BYTES]) for at in range(0, len(data), FRAME_BYTES))
-        frames = [self.aead.encrypt(self._nonce(True), part, None) for part in parts]
-        return b"".join([len(frame).to_bytes(4, "big") + frame for frame in frames])
-
-    def data_received(self, data: bytes) -> None:
-        self.came += data
-        if self.aead is None and len(self.came) >= ID_BYTES:
-            self.aead = self.door.admit(self, bytes(self.came[:ID_BYTES]))
-            del self.came[:ID_BYTES]
-        while self.aead is not None and len(self.came) >= 4:
-            size = int.from_bytes(self.came[:4], "big")
-            if size > FRAME_BYTES + TAG_BYTES:
-                return self.transport.abort()
-            if len(self.came) < 4 + size:
-                return None
-            try:
-                plain = self.aead.decrypt(self._nonce(False), bytes(self.came[4 : 4 + size]), None)
-            except InvalidTag:
-                return self.transport.abort()
-            del self.came[: 4 + size]
-            super().data_received(plain)
-        return None
-
-
-class SealedWriter(asyncio.StreamWriter):
-    """Seals what is written, when it is drained, as hivemind does after every message."""
-
-    def __init__(self, protocol: Sealed):
-        super().__init__(protocol.transport, protocol, protocol.reader, asyncio.get_running_loop())
-        self.protocol, self.held = protocol, bytearray()
-
-    def write(self, data: bytes) -> None:
-        self.held += data
-
-    async def drain(self) -> None:
-        held, self.held = self.held, bytearray()
-        super().write(self.protocol.seal(held))
-        await super().drain()
-
-
-class Door:
-    """Where a server takes direct streams. Wire thread."""
-
-    def __init__(self, p2p: P2P):
-        self.p2p, self.port, self.listeners = p2p, 0, []
-        self.tickets: dict[bytes, tuple[float, bytes, PeerID, str]] = {}  # id -> until, key, peer, handler
-        self.strangers: set[Sealed] = set()  # connections that have not shown a ticket
-        self.known: weakref.WeakSet[Sealed] = weakref.WeakSet()  # others
-
-    async def listen(self, host_maddrs: Iterable[Any], port: int) -> None:
-        """On the hosts where libp2p listens. OSError if the port is taken."""
-        self.port, loop = port, asyncio.get_running_loop()
-        for host in sorted({_host(address) for address in host_maddrs} - {None}):
-            listener = await loop.create_server(lambda: Sealed(door=self), host, self.port)
-            self.listeners.append(listener)
-            self.port = listener.sockets[0].getsockname()[1]
-
-    def ticket(self, peer: PeerID, rpc: str) -> dict[str, Any]:
-        """For one connection of this peer to one of our handlers."""
-        expect(rpc in DIRECT and self.listeners, f"one of {DIRECT}, where there are direct streams", rpc)
-        now, id, key = time.monotonic(), os.urandom(ID_BYTES), AESGCM.generate_key(128)
-        for old, (until, *_) in list(self.tickets.items()):  # the oldest first
-            if until < now or len(self.tickets) >= MAX_TICKETS:
-                del self.tickets[old]
-        self.tickets[id] = now + TICKET_SECONDS, key, peer, f"{HANDLER}.{rpc}"
-        return {"port": self.port, "id": id, "key": key}
-
-    def greet(self, one: Sealed) -> None:
-        """A connection has come; it must show a ticket soon."""
-        self.strangers.add(one)
-        if len(self.strangers) > MAX_STRANGERS:
-            self._dismiss(one)
-        asyncio.get_running_loop().call_later(TICKET_SECONDS, self._dismiss, one)
-
-    def _dismiss(self, one: Sealed) -> None:
-        if one in self.strangers:
-            self.strangers.remove(one)
-            one.transport.abort()
-
-    def admit(self, one: Sealed, id: bytes) -> AESGCM | None:
-        """Give the connection to the handler that its ticket is for, as libp2p's daemon does with a
-        stream."""
-        until, key, peer, name = self.tickets.pop(id, (-math.inf, b"", None, ""))
-        if until < time.monotonic():
-            return self._dismiss(one)
-        self.strangers.discard(one)
-        self.known.add(one)
-        handler = self.p2p._client.control.handlers[name]
-        _spawn(handler(StreamInfo(peer, None, name), one.reader, SealedWriter(one)))
-        return AESGCM(key)
-
-    def close(self) -> None:
-        for listener in self.listeners:
-            listener.close()
-        for one in [*self.strangers, *self.known]:
-            one.transport.abort()
-
-
-def _host(address: Any) -> str | None:
-    """The IP address of a multiaddr that is not behind a relay."""
-    found = re.match(r"/ip[46]/([^/]+)/", str(address))
-    return found[1] if found and "p2p-circuit" not in str(address) else None
-
-
-async def open_direct(p2p: P2P, peer: PeerID, rpc: str, timeout: float = DIRECT_SECONDS) -> Stream:
-    """A direct stream to one of a server's DIRECT handlers; PeerError if there is none in time."""
-    return await _within(timeout, peer, _open_direct(p2p, peer, rpc))
-
-
-async def _open_direct(p2p: P2P, peer: PeerID, rpc: str) -> Stream:
-    with contextlib.closing(await Stream.open(p2p, peer, "rpc_direct", DIRECT_SECONDS)) as asking:
-        await asking.send(ExpertUID(uid=rpc))
-        ticket = MSGPackSerializer.loads((await asking.receive(ExpertInfo)).serialized_info)
-    host, sealed = _host(asking.place), Sealed(ticket["key"])
-    expect(host and len(ticket["id"]) == ID_BYTES, "a ticket, and not by a relay", asking.place)
-    await asyncio.get_running_loop().create_connection(lambda: sealed, host, ticket["port"])
-    sealed.transport.write(ticket["id"])
-    return Stream(peer, sealed.reader, SealedWriter(sealed), asking.place)
-
-
-# ============================================================================================================
-# 6  Directory: who serves what
-# ============================================================================================================
-
-OFFLINE, JOINING, ONLINE = 0, 1, 2
-MAX_TEXT = MAX_PINGS = 1000  # characters of a text, round trips: a record with more is refused
 
 
 def _number(value: Any) -> bool:
@@ -4026,7 +4066,6 @@ class WithoutCache:
 
 MAX_PUSHES, MAX_PUSH_BYTES = 16, 2**28  # held until their turn: per session, in all sessions together
 MAX_PUSHING = 4  # of a session's outputs: to a next server that takes none
-MAX_ROADS = 64  # servers to which we push directly
 MAX_SEEN = 1024  # step ids that a session remembers
 MAX_REQUEST_BYTES = 2**27  # as float32, of the hidden states of a forward or backward request of several rows
 MAX_HELD_BYTES = 2**30  # of forward and backward requests; and as much of sessions that wait for room
@@ -4166,7 +4205,7 @@ class TransformerConnectionHandler(ServicerBase):
         self.sessions: dict[str, ServerSession] = {}
         self.held = Counter()  # bytes of each kind of request that waits or is in work
         self.door = Door(server.swarm.p2p)
-        self.roads: dict[PeerID, Stream | None] = {}  # direct ones for pushes; None: there is none yet
+        self.roads = Roads(server.swarm.p2p)
 
     # ---- checks: everything a stranger sends passes here
 
@@ -4423,40 +4462,8 @@ class TransformerConnectionHandler(ServicerBase):
         peer = peer_of(name)
         if peer == swarm.peer_id:  # libp2p does not call itself
             await self.rpc_push(request, P2PContext("rpc_push", peer, peer))
-        elif not await self._pushed_directly(peer, request):
+        elif not await self.roads.push(peer, request):
             await call(swarm.p2p, peer, "rpc_push", request, ExpertResponse, 30)
-
-    async def _pushed_directly(self, peer: PeerID, request: ExpertRequest) -> bool:
-        """Whether the request, a small one, could be handed to a direct stream to its peer, which is built
-        meanwhile if there is none."""
-        if peer not in self.roads and len(self.roads) < MAX_ROADS:
-            _spawn(self._build_road(peer))
-        road = self.roads.get(peer)
-        if road is None or _size(request) > OFFLOAD_BYTES:
-            return False
-        with contextlib.suppress(PeerError):
-            await road.send(request)
-            return True
-        return False
-
-    async def _build_road(self, peer: PeerID) -> None:
-        self.roads[peer] = None
-        try:
-            road = await open_direct(self.server.swarm.p2p, peer, "rpc_push_stream", 5)
-        except PeerError:
-            await asyncio.sleep(INDIRECT_SECONDS)
-        else:
-            self.roads[peer] = road
-            with contextlib.closing(road), contextlib.suppress(PeerError):
-                await road.receive(ExpertResponse)  # none comes, but the end
-        finally:
-            del self.roads[peer]
-
-    def close(self) -> None:
-        """End the direct streams."""
-        self.door.close()
-        for road in filter(None, self.roads.values()):
-            road.close()
 
 
 # ============================================================================================================
@@ -4691,7 +4698,8 @@ class Server:
             self.info.state, self.info.next_pings = OFFLINE, None
             await _gather_quietly(_at_most(2.5, self._announce()))
         if self.handler is not None:
-            self.handler.close()
+            self.handler.door.close()
+            self.handler.roads.close()
         if self.executor is not None:
             self.executor.stop()
         await _gather_quietly(_at_most(1, self.swarm.leave()))

@@ -1123,7 +1123,7 @@ def test_sealed_bytes_arrive_however_they_are_cut():
 
 @in_the_loop
 @pytest.mark.parametrize(
-    "harm", ["a changed byte", "one left out", "repeated", "swapped", "sent back", "too long"]
+    "harm", ["a changed byte", "one left out", "repeated", "swapped", "sent back", "too long", "too short"]
 )
 def test_sealed_bytes_that_others_touched_end_the_connection(harm):
     client, server = sealed_pair()
@@ -1135,6 +1135,7 @@ def test_sealed_bytes_that_others_touched_end_the_connection(harm):
         "swapped": second + first,
         "sent back": server.seal(b"first"),
         "too long": b"\xff" * 8,
+        "too short": b"\0" * 4,
     }[harm]
     server.data_received(raw)
     assert server.transport.broken
@@ -3341,7 +3342,7 @@ def decodes_8_bits() -> bool:
 @pytest.fixture
 def watched_pushes(monkeypatch):
     """The requests of the pushes that our servers send from now on."""
-    calls = spy(monkeypatch, pm.TransformerConnectionHandler, "_pushed_directly")
+    calls = spy(monkeypatch, pm.Roads, "push")
     return lambda: [call.args[2] for call in calls]
 
 
@@ -3850,7 +3851,7 @@ def test_a_token_is_four_messages_of_so_many_bytes_and_eight_tensors(crowd, mess
     with crowd.model.inference_session(max_length=64) as session:
         session.step(torch.randn(1, 5, 48))
         until(lambda: len(messages) == 8, what="the messages of the opening and of the prompt")
-        until(lambda: any(crowd.servers[0].handler.roads.values()), what="a direct stream for pushes")
+        until(lambda: any(crowd.servers[0].handler.roads.streams.values()), what="a direct stream for pushes")
         answers = [answer for hop in hops_of(session) for answer in hop.answers.values()]
         until(lambda: all(answer.done() for answer in answers), what="the middle answer")
         messages.clear()
@@ -3979,7 +3980,7 @@ def test_pushes_go_directly_by_the_name_of_their_sender(crowd, initial_peers, mo
     the stream breaks, libp2p carries them until there is another one."""
     first, second = crowd.servers
     sessions_streams(crowd.model)
-    until(lambda: first.handler.roads.get(second.swarm.peer_id), what="a direct stream for pushes")
+    until(lambda: first.handler.roads.streams.get(second.swarm.peer_id), what="a direct stream for pushes")
     stranger = Stranger(initial_peers, str(second.swarm.peer_id))
     pushed = spy(monkeypatch, pm.ServerSession, "push")
     with crowd.model.inference_session(max_length=16) as session:
@@ -3996,12 +3997,12 @@ def test_pushes_go_directly_by_the_name_of_their_sender(crowd, initial_peers, mo
         assert pushed[-1].args[3] == stranger.p2p.peer_id and not its.pushes
         pm.wire().soon(road.close)
         calls = spy(monkeypatch, pm, "call")
-        pm.wire().soon(first.handler.roads[second.swarm.peer_id].close)
-        until(lambda: not first.handler.roads, what="the end of the stream for pushes")
+        pm.wire().soon(first.handler.roads.streams[second.swarm.peer_id].close)
+        until(lambda: not first.handler.roads.streams, what="the end of the stream for pushes")
         last = [session.step(hidden[:, i : i + 1]) for i in (2, 3)]
     by_libp2p = [call for call in calls if call.args[2] == "rpc_push"]
     assert len(by_libp2p) in (1, 2)
-    until(lambda: first.handler.roads.get(second.swarm.peer_id), what="another stream for pushes")
+    until(lambda: first.handler.roads.streams.get(second.swarm.peer_id), what="another stream for pushes")
     with crowd.model.inference_session(max_length=16) as session:
         close(torch.cat(last, dim=1), session.step(hidden)[:, 2:])
 
