@@ -677,10 +677,10 @@ def unpack(message: runtime_pb2.Tensor) -> Tensor:
     expect(message.dtype in WIRE_DTYPES, f"a tensor of {', '.join(WIRE_DTYPES)}", message.dtype)
     dtype = getattr(torch, message.dtype)
     plain = message.compression == runtime_pb2.NONE and min(shape, default=0) >= 0
-    if plain and size == math.prod(shape) * dtype.itemsize:  # 4 us; hivemind takes 25
-        data = bytearray(message.buffer)
-        return (torch.frombuffer(data, dtype=dtype) if size else NOTHING.to(dtype)).view(shape)
     with _failing_as(ValueError, f"expected {message.dtype} {shape}; {size} bytes came"):
+        if plain and size == math.prod(shape) * dtype.itemsize:  # 4 us; hivemind takes 25
+            data = bytearray(message.buffer)
+            return (torch.frombuffer(data, dtype=dtype) if size else NOTHING.to(dtype)).view(shape)
         tensor = deserialize_torch_tensor(message).detach()
     expect(list(tensor.shape) == shape, "sizes of 0 or more", shape)
     return tensor
@@ -872,15 +872,17 @@ INDIRECT_SECONDS = 300.0  # for which it is not tried again with a peer where th
 NEAR_PING = 0.03  # seconds of round trip up to which it is tried: on a longer way it saves next to nothing
 TICKET_SECONDS, MAX_TICKETS = 10.0, 1024  # for which a ticket holds; not used yet
 MAX_ROADS = 64  # servers to which one pushes by direct streams
-MAX_STRANGERS = 64  # connections that have not shown their ticket yet
-MUTE_SECONDS = 20  # after which a connection that does not acknowledge what was sent is dead
+MAX_STRANGERS, MAX_DIRECT = 64, 1024  # connections that have not shown their ticket yet; that have
+# After MUTE_SECONDS without acknowledgement a connection is dead; a silent one is asked every KEPT_ALIVE.
+MUTE_SECONDS, KEPT_ALIVE = 20, 60
 ID_BYTES, FRAME_BYTES, TAG_BYTES = 16, 2**16, 16
 
 
 class Sealed(asyncio.StreamReaderProtocol):
     """One end of a direct stream. Who connects sends the ticket's id; then both send frames: 4 bytes of
-    length, then so many of AES-128-GCM. Key and nonce (the sender's side, the frame's number) serve one frame
-    only, so none can be read, changed, left out, repeated or sent back by others. Wire thread."""
+    length, then so many of AES-128-GCM; the first of the server has one byte, 0. Key and nonce (the sender's
+    side, the frame's number) serve one frame only, so none can be read, changed, left out, repeated or sent
+    back by others. Wire thread."""
 
     def __init__(self, key: bytes = b"", door: Door | None = None):
         self.reader = asyncio.StreamReader(limit=OFFLOAD_BYTES)
@@ -891,11 +893,18 @@ class Sealed(asyncio.StreamReaderProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         self.transport = transport
         super().connection_made(transport)
-        with contextlib.suppress(AttributeError):  # systems without it
-            mute = socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * MUTE_SECONDS
-            transport.get_extra_info("socket").setsockopt(*mute)
+        options = {"TCP_USER_TIMEOUT": 1000 * MUTE_SECONDS, "TCP_KEEPIDLE": KEPT_ALIVE}
+        connection = transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name in options.keys() & vars(socket).keys():  # Linux has both
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), options[name])
         if self.door is not None:
             self.door.greet(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(None)  # however it ended; what has come can still be read
+        if self.door is not None:
+            self.door.leave(self)
 
     def eof_received(self) -> bool:
         super().eof_received()
@@ -914,7 +923,7 @@ class Sealed(asyncio.StreamReaderProtocol):
     def data_received(self, data: bytes) -> None:
         self.came += data
         if self.aead is None and len(self.came) >= ID_BYTES:
-            self.aead = self.door.admit(self, bytes(self.came[:ID_BYTES]))
+            self.door.admit(self, bytes(self.came[:ID_BYTES]))
             del self.came[:ID_BYTES]
         while self.aead is not None and len(self.came) >= 4:
             size = int.from_bytes(self.came[:4], "big")
@@ -953,8 +962,9 @@ class Door:
     def __init__(self, p2p: P2P):
         self.p2p, self.port, self.listeners = p2p, 0, []
         self.tickets: dict[bytes, tuple[float, bytes, PeerID, str]] = {}  # id -> until, key, peer, handler
-        self.strangers: set[Sealed] = set()  # connections that have not shown a ticket
-        self.known: weakref.WeakSet[Sealed] = weakref.WeakSet()  # others
+        # connections that have not shown a ticket, the oldest first, and when they must have; others
+        self.strangers: dict[Sealed, asyncio.TimerHandle] = {}
+        self.known: set[Sealed] = set()
 
     async def listen(self, host_maddrs: Iterable[Any], port: int) -> None:
         """On the hosts where libp2p listens. OSError if the port is taken."""
@@ -966,7 +976,8 @@ class Door:
 
     def ticket(self, peer: PeerID, rpc: str) -> dict[str, Any]:
         """For one connection of this peer to one of our handlers."""
-        expect(rpc in DIRECT and self.listeners, f"one of {DIRECT}, where there are direct streams", rpc)
+        open = self.listeners and len(self.known) < MAX_DIRECT
+        expect(rpc in DIRECT and open, f"one of {DIRECT}, where there are direct streams", rpc)
         now, id, key = time.monotonic(), os.urandom(ID_BYTES), AESGCM.generate_key(128)
         for old, (until, *_) in list(self.tickets.items()):  # the oldest first
             if until < now or len(self.tickets) >= MAX_TICKETS:
@@ -976,31 +987,35 @@ class Door:
 
     def greet(self, one: Sealed) -> None:
         """A connection has come; it must show a ticket soon."""
-        self.strangers.add(one)
+        timer = asyncio.get_running_loop().call_later(TICKET_SECONDS, one.transport.abort)
+        self.strangers[one] = timer
         if len(self.strangers) > MAX_STRANGERS:
-            self._dismiss(one)
-        asyncio.get_running_loop().call_later(TICKET_SECONDS, self._dismiss, one)
+            next(iter(self.strangers)).transport.abort()
 
-    def _dismiss(self, one: Sealed) -> None:
+    def leave(self, one: Sealed) -> None:
+        """The connection has shown its ticket, or is lost."""
         if one in self.strangers:
-            self.strangers.remove(one)
-            one.transport.abort()
+            self.strangers.pop(one).cancel()
+        self.known.discard(one)
 
-    def admit(self, one: Sealed, id: bytes) -> AESGCM | None:
+    def admit(self, one: Sealed, id: bytes) -> None:
         """Give the connection to the handler that its ticket is for, as libp2p's daemon does with a
         stream."""
         until, key, peer, name = self.tickets.pop(id, (-math.inf, b"", None, ""))
         if until < time.monotonic():
-            return self._dismiss(one)
-        self.strangers.discard(one)
+            return one.transport.abort()
+        self.leave(one)
         self.known.add(one)
+        one.aead = AESGCM(key)
+        one.transport.write(one.seal(b"\0"))
         handler = self.p2p._client.control.handlers[name]
         _spawn(handler(StreamInfo(peer, None, name), one.reader, SealedWriter(one)))
-        return AESGCM(key)
+        return None
 
     def close(self) -> None:
         for listener in self.listeners:
             listener.close()
+        self.listeners.clear()
         for one in [*self.strangers, *self.known]:
             one.transport.abort()
 
@@ -1020,10 +1035,17 @@ async def _open_direct(p2p: P2P, peer: PeerID, rpc: str) -> Stream:
     with contextlib.closing(await Stream.open(p2p, peer, "rpc_direct", DIRECT_SECONDS)) as asking:
         await asking.send(ExpertUID(uid=rpc))
         ticket = MSGPackSerializer.loads((await asking.receive(ExpertInfo)).serialized_info)
-    host, sealed = _host(asking.place), Sealed(ticket["key"])
-    expect(host and len(ticket["id"]) == ID_BYTES, "a ticket, and not by a relay", asking.place)
+    (id, key), host = (ticket["id"], ticket["key"]), _host(asking.place)
+    fits = all(type(each) is bytes and len(each) == ID_BYTES for each in (id, key))
+    expect(host and fits, "a ticket, and not by a relay", asking.place)
+    sealed = Sealed(key)
     await asyncio.get_running_loop().create_connection(lambda: sealed, host, ticket["port"])
-    sealed.transport.write(ticket["id"])
+    try:
+        sealed.transport.write(id)
+        await sealed.reader.readexactly(1)  # whoever else listens there has not the key
+    except BaseException:
+        sealed.transport.abort()
+        raise
     return Stream(peer, sealed.reader, SealedWriter(sealed), asking.place)
 
 
@@ -1032,12 +1054,13 @@ class Roads:
 
     def __init__(self, p2p: P2P):
         self.p2p = p2p
-        self.streams: dict[PeerID, Stream | None] = {}  # None: there is none, or none yet
+        self.streams: dict[PeerID, Stream] = {}
+        self.tasks: dict[PeerID, asyncio.Task] = {}  # which build and keep them, or rest where that failed
 
     async def push(self, peer: PeerID, request: ExpertRequest) -> bool:
         """Whether the request could be handed to a stream, which is built meanwhile if there is none."""
-        if peer not in self.streams and len(self.streams) < MAX_ROADS:
-            _spawn(self._build(peer))
+        if peer not in self.tasks and len(self.tasks) < MAX_ROADS:
+            self.tasks[peer] = _spawn(self._keep(peer))
         stream = self.streams.get(peer)
         if stream is None or _size(request) > OFFLOAD_BYTES:
             return False
@@ -1046,22 +1069,21 @@ class Roads:
             return True
         return False
 
-    async def _build(self, peer: PeerID) -> None:
-        self.streams[peer] = None
+    async def _keep(self, peer: PeerID) -> None:
         try:
             stream = await open_direct(self.p2p, peer, "rpc_push_stream", 5)
-        except PeerError:
-            await asyncio.sleep(INDIRECT_SECONDS)
-        else:
             self.streams[peer] = stream
             with contextlib.closing(stream), contextlib.suppress(PeerError):
                 await stream.receive(ExpertResponse)  # none comes, but the end
+        except PeerError:
+            await asyncio.sleep(INDIRECT_SECONDS)
         finally:
-            del self.streams[peer]
+            self.streams.pop(peer, None)
+            del self.tasks[peer]
 
     def close(self) -> None:
-        for stream in filter(None, self.streams.values()):
-            stream.close()
+        for task in list(self.tasks.values()):
+            task.cancel()
 
 
 # ============================================================================================================
@@ -4155,9 +4177,11 @@ class ServerSession:
             self.news.clear()
             end = min(time.monotonic() + STEP_TIMEOUT, self.deadline)
             # a timer is half the work of a task that waits
-            timer = asyncio.get_running_loop().call_later(end - time.monotonic(), self.news.set)
-            await self.news.wait()
-            timer.cancel()
+            timer = asyncio.get_running_loop().call_later(end - time.monotonic() + 0.01, self.news.set)
+            try:
+                await self.news.wait()
+            finally:
+                timer.cancel()
             limits = f"a step every {STEP_TIMEOUT:g} s, for at most {SESSION_TIMEOUT:g} s"
             expect(time.monotonic() < end or self.reading.done(), limits, "nothing")
         step, self.reading = self.reading.result(), None
