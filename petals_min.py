@@ -69,6 +69,7 @@ import contextvars
 import copy
 import ctypes
 import dataclasses
+import fcntl
 import functools
 import gc
 import hashlib
@@ -90,6 +91,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import uuid
@@ -807,7 +809,19 @@ class Stream:
     @property
     def moved(self) -> int:
         """Bytes that have left us or come: while it grows, the peer or what is before it lives."""
-        return self.sent - self.writer.transport.get_write_buffer_size() + self.arrived
+        waiting = self.writer.transport.get_write_buffer_size() + (self.unacknowledged() or 0)
+        return self.sent - waiting + self.arrived
+
+    def unacknowledged(self) -> int | None:
+        """Bytes that left us but have not come to a direct stream's peer; None where none can tell: by libp2p,
+        whose daemons hold some (`BUFFERED_BYTES`), and outside Linux."""
+        if not isinstance(self.writer, SealedWriter) or self.writer.is_closing():
+            return None
+        try:
+            answer = fcntl.ioctl(self.writer.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        except (OSError, ValueError):
+            return None
+        return int.from_bytes(answer, sys.byteorder)
 
     async def send(self, message) -> None:
         self.sent += message.ByteSize()
@@ -1031,6 +1045,10 @@ async def open_direct(p2p: P2P, peer: PeerID, rpc: str, timeout: float = DIRECT_
     return await _within(timeout, peer, _open_direct(p2p, peer, rpc))
 
 
+async def _connect(sealed: Sealed, host: str, port: int) -> None:
+    await asyncio.get_running_loop().create_connection(lambda: sealed, host, port)
+
+
 async def _open_direct(p2p: P2P, peer: PeerID, rpc: str) -> Stream:
     with contextlib.closing(await Stream.open(p2p, peer, "rpc_direct", DIRECT_SECONDS)) as asking:
         await asking.send(ExpertUID(uid=rpc))
@@ -1039,7 +1057,7 @@ async def _open_direct(p2p: P2P, peer: PeerID, rpc: str) -> Stream:
     fits = all(type(each) is bytes and len(each) == ID_BYTES for each in (id, key))
     expect(host and fits, "a ticket, and not by a relay", asking.place)
     sealed = Sealed(key)
-    await asyncio.get_running_loop().create_connection(lambda: sealed, host, ticket["port"])
+    await _connect(sealed, host, ticket["port"])
     try:
         sealed.transport.write(id)
         await sealed.reader.readexactly(1)  # whoever else listens there has not the key
@@ -1868,12 +1886,13 @@ class Watch:
     that has work but finishes no block in STUCK_SECONDS. A slow but honest server passes, because its handler
     answers from the wire thread while its executor computes, block after block. One behind a slow link
     passes, because an answer counts as missed only if no byte of the step or its answer moved meanwhile, and
-    is given the time that what moves unseen (`BUFFERED_BYTES`) takes.
+    is given the time that what moves unseen (`BUFFERED_BYTES`) takes, unless the stream sees all.
     """
 
     def __init__(self, router: Router, peer: PeerID, size: int, stream: Stream | None = None):
         self.router, self.peer, self.stream = router, peer, stream
-        self.extra = _behind(size)  # bytes of the step
+        seen = stream is not None and stream.unacknowledged() is not None
+        self.extra = 0.0 if seen else _behind(size)  # bytes of the step
         self.missed = 0
         self.progress, self.moved = None, time.monotonic()  # the last probe's; when it was another
 

@@ -6051,6 +6051,8 @@ class Faults:
         with contextlib.ExitStack() as undo:
             if self.net is not None:
                 undo.enter_context(self.net)
+                undo.callback(setattr, pm, "_connect", pm._connect)
+                pm._connect = functools.partial(self._connect, pm._connect)
             undo.callback(self._end)
             self._run("client", "dht")
             self.initial_peers = self.processes["client"].hello()["initial_peers"]
@@ -6097,6 +6099,21 @@ class Faults:
                 return await pm.Swarm.join(self.initial_peers, client_mode=True)
 
         return pm.wire().call(inside())
+
+    async def _connect(self, elsewhere, sealed, host: str, port: int) -> None:
+        """What the client's process itself connects to its servers is on the client's host too."""
+        if host not in self.net.ip.values():
+            return await elsewhere(sealed, host, port)
+        with self._inside("client"):  # the socket stays there; no await
+            sock = socket.socket()
+        sock.setblocking(False)
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.sock_connect(sock, (host, port))
+            await loop.create_connection(lambda: sealed, sock=sock)
+        except BaseException:
+            sock.close()
+            raise
 
     def client(self, **options):
         """The distributed model, by a peer of its own."""
@@ -6362,10 +6379,12 @@ def test_a_large_step_to_a_frozen_server_and_over_a_slow_link(faults, model):
         expected_part = session.step(part)
     with model.inference_session(max_length=500) as session:
         session.step(hidden[:, :0])
+        direct = is_direct(hops_of(session)[0].stream)
         faults.freeze(faults.host_of[session.route[0].name])
         began = time.monotonic()
         torch.testing.assert_close(session.step(hidden), expected, atol=1e-4, rtol=1e-4)
-        assert time.monotonic() - began < STALL["freeze"]
+        # libp2p's daemons may hold part of the step, which costs two probes 3 s each; a direct stream sees all
+        assert direct and time.monotonic() - began < 8
     if faults.net is None:
         pytest.skip("slow links need root and network namespaces")
     faults.settle(model)
