@@ -813,8 +813,8 @@ class Stream:
         return self.sent - waiting + self.arrived
 
     def unacknowledged(self) -> int | None:
-        """Bytes that left us but have not come to a direct stream's peer; None where none can tell: by libp2p,
-        whose daemons hold some (`BUFFERED_BYTES`), and outside Linux."""
+        """Bytes that left us but have not come to a direct stream's peer; None where nobody can tell: by
+        libp2p, whose daemons hold some (`BUFFERED_BYTES`), and outside Linux."""
         if not isinstance(self.writer, SealedWriter) or self.writer.is_closing():
             return None
         try:

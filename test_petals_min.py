@@ -6383,7 +6383,7 @@ def test_a_large_step_to_a_frozen_server_and_over_a_slow_link(faults, model):
         faults.freeze(faults.host_of[session.route[0].name])
         began = time.monotonic()
         torch.testing.assert_close(session.step(hidden), expected, atol=1e-4, rtol=1e-4)
-        # libp2p's daemons may hold part of the step, which costs two probes 3 s each; a direct stream sees all
+        # libp2p's daemons may hold part of the step: two probes of 4 s each; a direct stream sees all
         assert direct and time.monotonic() - began < 8
     if faults.net is None:
         pytest.skip("slow links need root and network namespaces")
