@@ -3035,8 +3035,20 @@ class _Base(_Distributed):
         return output.to_tuple() if given.get("return_dict") is False else output
 
 
+class _Head(nn.Linear):
+    """[…, H] -> logits […, V], by the fastest way for a token's few rows."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return matmul.few(hidden, self.weight, self.bias)
+
+
 class _CausalLM(_Distributed):
     """Text generation: transformers' own `generate`, with a session for its cache."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if type(head := self.get_output_embeddings()) is nn.Linear:
+            head.__class__ = _Head
 
     def generate(self, inputs: Tensor | None = None, *args: Any, session: Any = None, **kwargs: Any):
         """transformers' `generate` over the swarm. A session given as `session=`, as `past_key_values=`, or

@@ -6845,6 +6845,28 @@ def test_quantized_weights_on_the_cpu(kind, error, size):
     assert torch.equal(zero, torch.zeros(2, N))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [(0,), (1,), (3,), (2, 4), (9,)])
+def test_a_product_of_few_rows(rows):
+    """The head's operator: F.linear's values, whatever the rows, with a bias, over rows that lie apart."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(1000, 96), torch.randn(1000)
+    x = torch.randn(*rows, 2, 96)[..., 0, :]
+    for its in (None, bias):
+        found, expected = matmul.few(x, weight, its), F.linear(x, weight, its)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    half = matmul.few(x.bfloat16(), weight.bfloat16())
+    assert torch.equal(half, F.linear(x.bfloat16(), weight.bfloat16()))
+
+
+def test_a_product_of_few_rows_has_gradients():
+    weight = torch.randn(10, 6, requires_grad=True)
+    x = torch.randn(2, 6, requires_grad=True)
+    matmul.few(x, weight).sum().backward()
+    assert relative(x.grad, weight.detach().sum(0).expand(2, 6)) < 1e-5
+    assert relative(weight.grad, x.detach().sum(0).expand(10, 6)) < 1e-5
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 def test_plain_weights_in_the_order_of_onednn(dtype, tolerance):
     """They are what they were, so is what a row gives, alone and beside others; small ones stay plain."""

@@ -155,13 +155,17 @@ def pack(w: Weight | torch.Tensor) -> Weight | torch.Tensor:
     return replace(w, data=None, packed=w.data) if w.kind == "int8" else w
 
 
+def has_onednn():
+    """Whether its products are the faster ones here."""
+    return "AVX" in torch.backends.cpu.get_cpu_capability() and torch.backends.mkldnn.is_available()
+
+
 def _blocked(w):
     """A plain matrix, or a stack, as oneDNN wants it, if there is something to be gained."""
     exact = w.dtype == torch.float32 or (
         w.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
-    known = "AVX" in torch.backends.cpu.get_cpu_capability() and torch.backends.mkldnn.is_available()
-    if not (exact and known) or w.shape[-1] * w.shape[-2] < BLOCKED_WEIGHTS:
+    if not (exact and has_onednn()) or w.shape[-1] * w.shape[-2] < BLOCKED_WEIGHTS:
         return w
     if w.dim() == 3:
         return Weight("blocked", tuple(w.shape), None, None, tuple(map(_blocked, w)))
