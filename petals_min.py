@@ -132,6 +132,7 @@ from safetensors.torch import save_file  # noqa: E402
 from tokenizers import decoders, pre_tokenizers  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 from transformers import PretrainedConfig  # noqa: E402
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast  # noqa: E402
 
 from kernels import attention, graphs, lora, matmul, norm, positions  # noqa: E402
 
@@ -2312,6 +2313,10 @@ class Route:
 # ============================================================================================================
 
 
+# The argument and the output that hold the cache: transformers 5.24 renamed past_key_values
+_CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__annotations__)
+
+
 def _require(holds: Any, otherwise: str) -> None:
     """Every check of what a user asks for: UserError unless it holds."""
     if not holds:
@@ -2388,6 +2393,8 @@ class InferenceSession(transformers.Cache):
     each row, how many of the first tokens are padding, which no server computes (PROTOCOL.md, "What
     petals_min adds").
     """
+
+    is_linear = (False,)  # of attention; transformers would ask the layers, which are elsewhere
 
     def __init__(self, layers: RemoteSequential, max_length: int | None = None, left_pad: Sequence[int] = ()):
         super().__init__(layers=[])
@@ -2606,6 +2613,18 @@ class InferenceSession(transformers.Cache):
             for route, state in zip(self._routes, states, strict=False):
                 route.restore(state)
             raise
+
+
+def _as_session(cache: Any) -> InferenceSession | None:
+    came, fits = type(cache).__name__, isinstance(cache, InferenceSession | None)
+    _require(fits, f"{_CACHE} is a {came}: expected a model.inference_session(), or nothing")
+    return cache
+
+
+def _take_cache(kwargs: dict) -> InferenceSession | None:
+    """The session among the arguments, by transformers' older or newer name, which goes from there."""
+    older, newer = kwargs.pop("past_key_values", None), kwargs.pop("cache", None)
+    return _as_session(newer if older is None else older)
 
 
 # ============================================================================================================
@@ -2962,12 +2981,6 @@ class _Distributed:
         return self.remote.inference_session(max_length, **kwargs)
 
 
-def _as_session(cache: Any) -> InferenceSession | None:
-    came, fits = type(cache).__name__, isinstance(cache, InferenceSession | None)
-    _require(fits, f"past_key_values is a {came}: expected a model.inference_session(), or nothing")
-    return cache
-
-
 class _Base(_Distributed):
     """A base model: embeddings, remote blocks, final norm; with a `tuning_mode` also the prompts to train."""
 
@@ -2995,20 +3008,21 @@ class _Base(_Distributed):
             deep = deep.movedim(0, 2)
         return torch.stack(rows), deep
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
         """transformers' forward, for all families: ids [B, T] (or inputs_embeds=[B, T, H]) to last hidden
         state [B, T, H]; use_cache and return_dict as there.
 
-        With `past_key_values` (a session), within an active session, or with use_cache=True the step goes
-        through a session, which is returned as `past_key_values`; else through a differentiable forward pass.
+        With a session as `past_key_values` or `cache` (its name from transformers 5.24), within an active
+        session, or with use_cache=True the step goes through a session, which is returned by that name; else
+        through a differentiable forward pass.
         """
+        session = _take_cache(kwargs) or self.remote.active_session
         given = {key: value for key, value in kwargs.items() if value is not None}
         embeds, layers = given.get("inputs_embeds"), self.remote
         _require((input_ids is None) != (embeds is None), "give either input_ids or inputs_embeds")
         extras = ("output_attentions", "output_hidden_states", "output_router_logits")
         asked = [name for name in extras if given.get(name, getattr(self.config, name, False))]
         _require(not asked, f"{asked} stay on the servers; layers[:k] computes the hidden states of block k")
-        session = _as_session(past_key_values) or layers.active_session
         if session is None and given.get("use_cache"):
             session = layers.inference_session()
         hidden = self.get_input_embeddings()(input_ids) if embeds is None else embeds
@@ -3031,7 +3045,7 @@ class _Base(_Distributed):
             hidden = session.step(hidden, deep)
             session.prefix += P
         # this type has every field that a family's head reads: Mixtral's its router_logits
-        output = transformers.modeling_outputs.MoeModelOutputWithPast(self.ln_f(hidden[:, P:]), session)
+        output = MoeModelOutputWithPast(self.ln_f(hidden[:, P:]), session)
         return output.to_tuple() if given.get("return_dict") is False else output
 
 
@@ -3051,17 +3065,17 @@ class _CausalLM(_Distributed):
             head.__class__ = _Head
 
     def generate(self, inputs: Tensor | None = None, *args: Any, session: Any = None, **kwargs: Any):
-        """transformers' `generate` over the swarm. A session given as `session=`, as `past_key_values=`, or
-        active (`with model.inference_session(...)`) goes on: its text so far stands before `inputs` (None:
-        nothing new), and only what this call adds is returned. Else a session is opened for this call and
-        closed after it."""
+        """transformers' `generate` over the swarm. A session given as `session=` or active (`with
+        model.inference_session(...)`) goes on: its text so far stands before `inputs` (None: nothing new),
+        and only what this call adds is returned; given as `past_key_values=` or `cache=`, as in transformers,
+        it holds some of the whole text. Else a session is opened for this call and closed after it."""
         inputs = kwargs.pop("input_ids", inputs)
         named = kwargs.pop("cache_implementation", None)
         _require(named is None, f"cache_implementation {named!r}: a model.inference_session() is the cache")
         kwargs["use_cache"] = True  # whatever was asked for: the servers' cache costs the client nothing
         text = "generate: expected ids [B, T] of one row and one token at least, or None to go on"
         _require(inputs is None or inputs.numel(), text)
-        cache, embeds = _as_session(kwargs.pop("past_key_values", None)), kwargs.get("inputs_embeds")
+        cache, embeds = _take_cache(kwargs), kwargs.get("inputs_embeds")
         session, seen = cache or session or self.remote.active_session, 0
         fits = embeds is None or session is None or not session.position
         _require(fits, "inputs_embeds: only a session at position 0 can begin with them; give ids")
@@ -3074,7 +3088,7 @@ class _CausalLM(_Distributed):
                 session.keep(inputs.shape[1] - 1)  # transformers has it, something must be left to compute
             try:
                 with self.remote.use_session(None):  # what else calls the model meanwhile is another text
-                    result = super().generate(inputs, *args, past_key_values=session, **kwargs)
+                    result = super().generate(inputs, *args, **{_CACHE: session}, **kwargs)
             except BaseException:
                 if cache is None and session.output_ids is not None:  # what it left in the caches goes
                     session.keep(min(session.get_seq_length(), session.output_ids.shape[1]))
@@ -3134,13 +3148,13 @@ class _CausalLM(_Distributed):
         kwargs["attention_mask"] = mask
         return whole, past.shape[1]
 
-    def prepare_inputs_for_generation(self, ids, next_sequence_length=None, past_key_values=None,
-                                      attention_mask=None, inputs_embeds=None, **kwargs):  # fmt: skip
+    def prepare_inputs_for_generation(self, ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
         # note: assisted decoding begins with the whole text, also with a cache that holds some of it
-        if next_sequence_length is None and past_key_values is not None and past_key_values.position:
-            next_sequence_length = ids.shape[1] - past_key_values.get_seq_length()
-        its = ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds
-        return super().prepare_inputs_for_generation(*its, **kwargs)
+        session = kwargs.get(_CACHE)
+        if next_sequence_length is None and session is not None and session.position:
+            next_sequence_length = ids.shape[1] - session.get_seq_length()
+        its = dict(next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds)
+        return super().prepare_inputs_for_generation(ids, **its, **kwargs)
 
     def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
         mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
@@ -3149,7 +3163,7 @@ class _CausalLM(_Distributed):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        session, (*_, rows, max_cache_length) = model_kwargs["past_key_values"], args
+        session, (*_, rows, max_cache_length) = model_kwargs[_CACHE], args
         ends = generation_config.eos_token_id
         session.ends = [ends] if isinstance(ends, int) else list(() if ends is None else ends)
         rows *= max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)

@@ -1628,6 +1628,9 @@ def test_the_cache_that_generate_returns_is_alive(llama):
     cache = first.past_key_values
     second = llama.model.generate(first.sequences, past_key_values=cache, do_sample=False, max_new_tokens=1)
     assert cache.position == 10 and second.tolist() == greedy(llama.reference, ids, new=5)
+    assert greedy(llama.model, second, new=1, cache=cache) == greedy(llama.reference, ids, new=6)
+    step = llama.model(second[:, -1:], cache=llama.model(second[:, :-1], use_cache=True).past_key_values)
+    close(step.logits, llama.reference(second).logits[:, -1:])  # by transformers' older and newer name
     assisted = llama.model.generate(ids, do_sample=False, max_new_tokens=12, assistant_model=llama.model)
     assert assisted.tolist() == greedy(llama.reference, ids, new=12)
     assert copy.deepcopy(llama.model).remote.router is llama.model.remote.router
@@ -6236,6 +6239,7 @@ class Faults:
             assert time.monotonic() < deadline, f"the client cannot reach {away}"
             time.sleep(0.2)
         router.bans.clear()
+        router.indirect.clear()
         until(lambda: pm.wire().call(router.refresh(max_age=0.2)) or len(router.spans) == len(self.hosts))
 
 
@@ -6369,7 +6373,7 @@ def test_servers_that_lose_each_other_but_not_the_client(faults, model):
     assert pm.PUSH_SECONDS < seconds[0] < 3 and max(seconds[1:]) < pm.PUSH_SECONDS / 2
 
 
-def test_a_large_step_to_a_frozen_server_and_over_a_slow_link(faults, model):
+def test_a_large_step_to_a_frozen_server_and_over_a_slow_link(faults, model, near):
     """The first is lost as soon as for a token; the second takes long, but blames nobody."""
     hidden = torch.randn(8, 500, 48)  # .8 MB
     part = hidden[:, :120]
