@@ -3665,8 +3665,11 @@ class RowTables:
 # ============================================================================================================
 
 # Tokens of one pass; a larger step goes in such pieces, a block at a time between the passes of the others.
-# On a CPU 128 are as fast, each, as 1,000 (mid: 2.5 and 2.3 ms). A GPU must read the weights for each piece.
-TURN_TOKENS, TURN_TOKENS_CUDA = 128, 512
+# On a CPU 64 are as fast, each, as 256 (mid: 2.2 ms; 32: 2.4). A GPU must read the weights for each piece.
+TURN_TOKENS, TURN_TOKENS_CUDA = 64, 512
+# A piece under way joins each pass, from the block on where it stands, for some of the blocks: so that on
+# average over all of them the pass has so many tokens more.
+JOINED_TOKENS, JOINED_TOKENS_CUDA = 32, 512
 EXPECTED_SHARE = 0.75  # of a pass's time: a client that is back so soon is worth waiting for
 KEPT_SECONDS = 120.0  # for which a forward pass is kept for its backward pass
 
@@ -3722,24 +3725,29 @@ class Work:
 class Executor(threading.Thread):
     """Runs whatever waits, in passes. Each pass takes the tokens of all small steps, lays them end to end and
     runs them through the blocks once; sessions of other spans join and leave on the way. Between passes one
-    block of a long prompt, and one of a forward or backward request, is computed, so that these go on without
-    holding a token up for long."""
+    block of a long prompt's piece, and one of a forward or backward request, is computed; such a piece also
+    goes some way with each pass that comes by, for then both read a block's weights but once."""
 
     def __init__(self, blocks: dict[int, Block], config: PretrainedConfig, pool: PagePool):
         super().__init__(name="petals-executor", daemon=True)
         self.blocks, self.pool, self.hidden_size = blocks, pool, config.hidden_size
         spec, keys = next(iter(blocks.values())).spec, next(iter(pool.k.values()))
         self.dtype, self.device = keys.dtype, keys.device
-        self.turn_tokens = TURN_TOKENS_CUDA if self.device.type == "cuda" else TURN_TOKENS
+        cuda = self.device.type == "cuda"
+        self.turn_tokens = TURN_TOKENS_CUDA if cuda else TURN_TOKENS
+        self.joined_tokens = JOINED_TOKENS_CUDA if cuda else JOINED_TOKENS
         self.rotary = positions.Rotary(config if spec.rotary else None, spec.head_dim, self.device)
         self.places = lora_places(config, next(iter(blocks.values())))  # alike in all blocks of a model
         self.adapters: dict[str, dict[int, BlockLora]] = {}  # name -> block -> what it adds
         # PyTorch's own operators, where there is no Triton, are told lengths by the host
-        with_kernels = self.device.type == "cuda" and attention.triton is not None
+        with_kernels = cuda and attention.triton is not None
         self.graphs = graphs.Graphs() if with_kernels else None
         self.passes = self.steps = 0  # for status and tests: passes, finished steps
         self._served: weakref.WeakSet[RowTables] = weakref.WeakSet()  # sessions that had an answer
-        self._pass_seconds = 0.0  # of the last pass
+        self._pass_seconds = 0.0  # of the last pass that no prompt had joined
+        # of a long prompt: the piece under way, and its way through the blocks
+        self._piece: _Part | None = None
+        self._course: Iterator[None] | None = None
         self.progress, self.busy = 0, False  # blocks computed so far; whether there is anything to do
         self.without_cache = WithoutCache(self)
         self._inbox: list[Work] = []
@@ -3769,7 +3777,6 @@ class Executor(threading.Thread):
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # of this thread: where kernels are launched
         prompts: list[Work] = []  # steps larger than a pass, under way
-        prefill = self._prefill(prompts)
         slow: deque[tuple[Work, Iterator]] = deque()  # forward and backward passes under way
         while True:
             with self._news:
@@ -3795,10 +3802,10 @@ class Executor(threading.Thread):
                     wire().soon(work.settle, PetalsError("the server is shutting down"))
                 return
             if small:
-                self._turn(small)
+                self._turn(small, self._piece)
             if prompts:
                 with torch.inference_mode():
-                    next(prefill)
+                    self._prefill(prompts)
             # one whose client gave up is dropped
             if slow and (slow[0][0].future.cancelled() or self._advance(*slow[0])):
                 slow.popleft()
@@ -3818,10 +3825,9 @@ class Executor(threading.Thread):
             self._news.wait(deadline - now)
             now = time.perf_counter()
 
-    def _expect(self, steps: list[Work], began: float) -> None:
+    def _expect(self, steps: list[Work]) -> None:
         """After a pass: its clients will be back some time."""
         now = time.perf_counter()
-        self._pass_seconds = now - began
         for work in steps:
             work.tables.answered = now
             self._served.add(work.tables)
@@ -3834,29 +3840,38 @@ class Executor(threading.Thread):
         logger.warning("a step failed", exc_info=True)
         wire().soon(work.settle, error)
 
-    def _turn(self, steps: list[Work]) -> None:
-        """One pass with all tokens of these steps."""
+    def _turn(self, steps: list[Work], joined: _Part | None = None) -> None:
+        """One pass with all tokens of these steps, and those of a prompt's piece."""
         began = time.perf_counter()
         try:
             with torch.inference_mode():
-                self._run_pass(steps)
+                self._run_pass(steps, joined)
         except Exception as error:
+            if joined is not None:
+                return self._turn(steps)
             if len(steps) == 1:
                 self._failed(steps[0], error)
             for step in steps if len(steps) > 1 else ():  # find out whose fault it is: each alone
                 self._turn([step])
-            return
-        self._expect(steps, began)
+            return None
+        if joined is None:
+            self._pass_seconds = time.perf_counter() - began
+        self._expect(steps)
         for work in steps:
             self._finished(work)
+        return None
 
-    def _run_pass(self, steps: list[Work]) -> None:
+    def _run_pass(self, steps: list[Work], joined: _Part | None = None) -> None:
         parts = [_Part(work, work.left, self) for work in steps]
-        busy = [part for part in parts if part.rows]
-        self.passes += bool(busy)
+        self.passes += any(part.ahead for part in parts)
+        ways = {part: part.ahead for part in parts}
+        if joined is not None:
+            self._course = self._course.close()
+            most = self.joined_tokens * len(joined.work.blocks) // len(joined.x)
+            ways[joined] = joined.ahead[: max(1, most)]
 
         def present(index: int) -> list[_Part]:
-            return [part for part in busy if index in part.work.blocks]
+            return [part for part, blocks in ways.items() if index in blocks]
 
         for here, indices in itertools.groupby(self.blocks, present):
             if here:
@@ -3865,33 +3880,39 @@ class Executor(threading.Thread):
         for part in parts:
             part.finish()
 
-    def _prefill(self, prompts: list[Work]) -> Iterator[None]:
-        """Goes on for ever, by a block each time: the next piece of the prompt that has the least left.
-        Finished ones are taken off the list."""
-        while True:
-            work = min(prompts, key=lambda work: work.tokens_left)
-            try:
-                part = _Part(work, min(work.left, max(1, self.turn_tokens // len(work.hidden))), self)
-                self.passes += bool(part.rows)
-                if part.rows:
-                    yield from self._run_blocks([part], work.blocks)
-                part.finish()
-            except Exception as error:
-                self._failed(work, error)
+    def _prefill(self, prompts: list[Work]) -> None:
+        """One block more of a piece: the next one of the prompt that has the least left. Finished prompts are
+        taken off the list."""
+        work = self._piece.work if self._piece else min(prompts, key=lambda work: work.tokens_left)
+        try:
+            if self._piece is None:
+                portion = min(work.left, max(1, self.turn_tokens // len(work.hidden)))
+                self._piece = _Part(work, portion, self)
+                self.passes += bool(self._piece.ahead)
+            piece = self._piece
+            if piece.ahead:
+                self._course = self._course or self._run_blocks([piece], piece.ahead)
+                next(self._course, None)
+            if piece.ahead:
+                return
+            piece.finish()
+        except Exception as error:
+            self._failed(work, error)
+            prompts.remove(work)
+        else:
+            if not work.left:
+                self._finished(work)
                 prompts.remove(work)
-            else:
-                if not work.left:
-                    self._finished(work)
-                    prompts.remove(work)
-            yield
+        self._piece = self._course = None
 
     def _run_blocks(self, parts: list[_Part], indices: Iterable[int]) -> Iterator[None]:
         """Some blocks for the tokens of all these parts at once, those of one adapter side by side; pauses
-        between blocks, if they are not one CUDA graph."""
+        between blocks, if they are not one CUDA graph. Closed there, it leaves the parts as they stand."""
         parts, indices = sorted(parts, key=lambda part: id(part.work.lora)), tuple(indices)
         rows, sizes = [row for part in parts for row in part.rows], [len(part.x) for part in parts]
         at, x = torch.cat([part.at for part in parts]), torch.cat([part.x for part in parts])
         plain = not any(part.prompted or part.work.lora for part in parts)
+        plain = plain and self._piece is None  # beside one, passes have ever new shapes
         as_graph, width = self.graphs and plain and len(x) == len(rows) <= graphs.MAX_ROWS, None
         if as_graph:
             count, width = graphs.size(len(rows), max(len(table) for table, *_ in rows))
@@ -3904,20 +3925,21 @@ class Executor(threading.Thread):
         if as_graph:
             whole = functools.partial(self._span, indices)
             x = self.graphs.run((indices, len(rows), width), whole, plan, x, cos, sin)
-            self.progress += len(indices)
+            self.progress, index = self.progress + len(indices), indices[-1]
         else:
             runs = self._runs(parts, sizes)
-            for number, index in enumerate(indices):
-                if number:
-                    yield
-                for part, tokens in zip(parts, x.split(sizes), strict=True):
-                    if part.prompted:
-                        tokens.add_(part.prompts(index).to(tokens))
-                adapted = [(tokens, its[index]) for tokens, its in runs if index in its]
-                x = self._span([index], plan, x, cos, sin, adapted)
-                self.progress += 1
+            with contextlib.suppress(GeneratorExit):
+                for index in indices:
+                    for part, tokens in zip(parts, x.split(sizes), strict=True):
+                        if part.prompted:
+                            tokens.add_(part.prompts(index).to(tokens))
+                    adapted = [(tokens, its[index]) for tokens, its in runs if index in its]
+                    x = self._span([index], plan, x, cos, sin, adapted)
+                    self.progress += 1
+                    if index != indices[-1]:
+                        yield
         for part, tokens in zip(parts, x[: sum(sizes)].to("cpu").split(sizes), strict=True):
-            part.x = tokens
+            part.x, part.ahead = tokens, range(index + 1, part.ahead.stop)
 
     @staticmethod
     def _runs(parts: list[_Part], sizes: list[int]) -> Iterable[tuple[slice, dict[int, BlockLora]]]:
@@ -3988,6 +4010,7 @@ class _Part:
                 table = work.tables.prepare(row, length - new, length)
                 self.rows.append((table, new, length, work.whole - pad))
         self.x = self._real(work.hidden[:, self.tokens]).to(executor.dtype)  # on the CPU, between passes
+        self.ahead = work.blocks if self.rows else work.blocks[:0]  # the blocks that it has not been through
         P, self.prompted = work.prompts.shape[2], False
         if P:  # for a row's first tokens in this step: [tokens] which row, which prompt (P: none)
             before = (work.start - torch.tensor(pads)[:, None]).clamp(min=0)

@@ -4065,11 +4065,11 @@ def test_eight_sessions_that_step_at_once_take_two_passes(crowd, messages, monke
             session.step(token)
         passes, steps = executor.passes, executor.steps
 
-        def gathering(self, waiting):
+        def gathering(self, waiting, joined):
             left = 8 - (self.steps - steps)
             with contextlib.suppress(AssertionError):  # passes that leave some out are counted below
                 until(lambda: len(waiting) + len(self._inbox) == left, 5)
-            return turn(self, waiting)
+            return turn(self, waiting, joined)
 
         monkeypatch.setattr(pm.Executor, "_turn", gathering)
         threads = [threading.Thread(target=session.step, args=(token,)) for session in sessions]
@@ -4940,29 +4940,41 @@ def test_a_long_prompt_goes_in_pieces(crowd, monkeypatch):
     free_again(*crowd.servers)
 
 
-def test_a_token_waits_for_one_block_of_anothers_prompt(crowd, monkeypatch):
-    executor, seen, begun = crowd.servers[0].executor, [], threading.Event()
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_token_waits_for_one_block_of_anothers_prompt_which_goes_some_way_with_it(
+    crowd, monkeypatch, fails
+):
+    """Where what they do together fails, each goes on alone from where both stood."""
+    executor, seen, begun = crowd.servers[1].executor, [], threading.Event()
     monkeypatch.setattr(executor, "turn_tokens", 16)
+    monkeypatch.setattr(executor, "joined_tokens", 6)  # 16 in one of three blocks
 
     def watched(index: int, block: pm.Block, x: torch.Tensor, *more) -> torch.Tensor:
         if not seen:  # in the prompt's first block: go on when the token is there
             begun.set()
             until(lambda: executor._inbox)
         seen.append((index, len(x)))
+        if fails and len(x) == 17:
+            raise ArithmeticError("together")
         return block(x, *more)
 
-    layers, prompt_, token = crowd.model.model.layers, torch.randn(1, 40, 48), torch.randn(1, 1, 48)
+    layers, prompt_, token = crowd.model.model.layers[2:], torch.randn(1, 40, 48), torch.randn(1, 1, 48)
+    expected, outputs = [layers(token), layers(prompt_)], []
     with layers.inference_session(max_length=40) as long, layers.inference_session(max_length=1) as short:
         long.step(prompt_[:, :0])
         short.step(token[:, :0])
         for index, block in executor.blocks.items():
             monkeypatch.setitem(executor.blocks, index, functools.partial(watched, index, block))
-        thread = threading.Thread(target=long.step, args=(prompt_,))
+        thread = threading.Thread(target=lambda: outputs.append(long.step(prompt_)))
         thread.start()
         assert begun.wait(PATIENCE)
-        short.step(token)
+        outputs.insert(0, short.step(token))
         thread.join(PATIENCE)
-    assert seen == [(0, 16), (0, 1), (1, 1), (1, 16), (0, 16), (1, 16), (0, 8), (1, 8)]
+    apart = [(2, 1), (3, 1), (4, 1), (3, 16)] if fails else [(4, 1)]
+    assert seen[:-7] == [(2, 16), (2, 1), (3, 17), *apart]
+    assert seen[-7:] == [(4, 16), (2, 16), (3, 16), (4, 16), (2, 8), (3, 8), (4, 8)]
+    for output, due in zip(outputs, expected, strict=True):
+        close(output, due)
 
 
 @torch.no_grad()
@@ -5215,10 +5227,10 @@ def test_the_proof_bites(crowd, mutant, monkeypatch):
     if mutant == "an emptied cache":
         run_pass = pm.Executor._run_pass
 
-        def forgetful(self, steps):
+        def forgetful(self, *steps):
             for pages in (*self.pool.k.values(), *self.pool.v.values()):
                 pages.zero_()
-            run_pass(self, steps)
+            run_pass(self, *steps)
 
         monkeypatch.setattr(pm.Executor, "_run_pass", forgetful)
     elif mutant == "a position off by one":
