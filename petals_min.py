@@ -663,7 +663,12 @@ def expect(holds: Any, wanted: str, came: Any) -> None:
 
 def pack(tensor: Tensor, compression: int = runtime_pb2.NONE) -> runtime_pb2.Tensor:
     """A CPU tensor as hivemind's message."""
-    tensor = tensor.detach()
+    if tensor is NOTHING or tensor is NO_IDS:
+        return _packed_nothing(tensor)
+    return _pack(tensor.detach(), compression)
+
+
+def _pack(tensor: Tensor, compression: int) -> runtime_pb2.Tensor:
     # hivemind can compress neither integers nor nothing
     if compression != runtime_pb2.NONE and tensor.numel() and tensor.is_floating_point():
         return serialize_torch_tensor(tensor.float(), compression)
@@ -674,16 +679,22 @@ def pack(tensor: Tensor, compression: int = runtime_pb2.NONE) -> runtime_pb2.Ten
     return message
 
 
+@functools.cache
+def _packed_nothing(tensor: Tensor) -> runtime_pb2.Tensor:
+    """Of NOTHING or NO_IDS, which go with nearly every step. Messages copy what they are given."""
+    return _pack(tensor, runtime_pb2.NONE)
+
+
 def unpack(message: runtime_pb2.Tensor) -> Tensor:
     """The tensor of a message; ValueError where its bytes do not fit its shape and dtype."""
     shape, size = list(message.size), len(message.buffer)
     expect(message.dtype in WIRE_DTYPES, f"a tensor of {', '.join(WIRE_DTYPES)}", message.dtype)
     dtype = getattr(torch, message.dtype)
     plain = message.compression == runtime_pb2.NONE and min(shape, default=0) >= 0
+    if plain and size == math.prod(shape) * dtype.itemsize:  # 4 us; hivemind takes 25
+        data = bytearray(message.buffer)
+        return (torch.frombuffer(data, dtype=dtype) if size else NOTHING.to(dtype)).view(shape)
     with _failing_as(ValueError, f"expected {message.dtype} {shape}; {size} bytes came"):
-        if plain and size == math.prod(shape) * dtype.itemsize:  # 4 us; hivemind takes 25
-            data = bytearray(message.buffer)
-            return (torch.frombuffer(data, dtype=dtype) if size else NOTHING.to(dtype)).view(shape)
         tensor = deserialize_torch_tensor(message).detach()
     expect(list(tensor.shape) == shape, "sizes of 0 or more", shape)
     return tensor
@@ -1738,6 +1749,19 @@ async def _together(coroutines: Iterable) -> list:
         await _gather_quietly(*tasks)
 
 
+async def _unless_one_fails(wanted: asyncio.Future, *others: asyncio.Future) -> Any:
+    """The result of the first of these futures; the error of another one that fails before."""
+    outcome = asyncio.get_running_loop().create_future()
+
+    def note(done: asyncio.Future) -> None:
+        if not outcome.done() and (done is wanted or done.cancelled() or done.exception()):
+            outcome.set_result(done)
+
+    for each in (wanted, *others):
+        each.add_done_callback(note)
+    return (await outcome).result()
+
+
 def _checked(output: Tensor, shape: torch.Size, peer: PeerID) -> Tensor:
     """A server's answer, which must have the shape of what it was given."""
     if output.shape != shape or not output.is_floating_point():
@@ -2123,7 +2147,8 @@ class Route:
         before = self.state() if len(pieces) > 1 else None
         self.running = asyncio.current_task()
         try:
-            return torch.cat([await self._run_piece(piece) for piece in pieces], dim=1)
+            outputs = [await self._run_piece(piece) for piece in pieces]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         except BaseException:  # cancelled or out of retries: what the servers did of this step is unknown, so
             for hop in self.hops:  # the next one begins with others, to which the history is replayed
                 hop.close()
@@ -2187,16 +2212,12 @@ class Route:
             return await self._carry(step, hops)
         for hop in (hop for hop in hops[1:] if hop.position != step.start):  # a rewind is our word alone
             hop.send(Step(step.start, step.hidden[:, :0]), step.hidden[:, :0])
-        answers = [hop.expect(step) for hop in hops]
+        *middle, last = [hop.expect(step) for hop in hops]
         carrying = _spawn(self._carry(step, hops, chained=True))
         try:
-            for finished in asyncio.as_completed([carrying, *answers]):
-                await finished  # raises what went wrong, wherever in the chain
-                if answers[-1].done():
-                    break
+            return await _unless_one_fails(last, carrying, *middle)
         finally:
             carrying.cancel()
-        return answers[-1].result()
 
     async def _carry(self, step: Step, hops: Sequence[Hop], chained: bool = False, **terms: Any) -> Tensor:
         """Take the step from server to server; returns the last one's answer. In a chain only the first is
@@ -2345,6 +2366,11 @@ def _left_pad(mask: Tensor | None, position_ids: Tensor | None, hidden: Tensor, 
     fits = mask is None or torch.is_tensor(mask)
     _require(fits, f"attention_mask is a {type(mask).__name__}: expected a tensor of zeros and ones")
     due, places = (len(hidden), past + hidden.shape[1]), torch.arange(past + hidden.shape[1], device="cpu")
+    plain, given = places[past:], None if position_ids is None else position_ids.to("cpu")
+    fits = given is None or given.shape[-1] == len(plain)
+    full = mask is None or (mask.shape == due and mask.all())
+    if full and fits and (given is None or (given == plain).all()):
+        return []  # most steps
     ones = torch.ones(due, dtype=torch.bool, device="cpu") if mask is None else mask.to("cpu").bool()
     _require(ones.shape == due, f"attention_mask is {tuple(ones.shape)}, expected {due} of zeros and ones")
     first, count = (ones.cumsum(1) == 0).sum(1, keepdim=True), ones.sum(1, keepdim=True)
@@ -2353,10 +2379,8 @@ def _left_pad(mask: Tensor | None, position_ids: Tensor | None, hidden: Tensor, 
         whole,
         "attention_mask: expected rows of zeros, ones, zeros (padding left and right; left for generate)",
     )
-    if position_ids is not None:
-        given, plain = position_ids.to("cpu"), places[past:]
-        ways = plain, (plain - first).clamp(min=0)
-        fits = given.shape[-1] == len(plain)  # what stands at padding does not matter
+    if given is not None:
+        ways = plain, (plain - first).clamp(min=0)  # what stands at padding does not matter
         fits = fits and any(((given == way) | ~ones[:, past:]).all() for way in ways)
         _require(fits, "position_ids: expected tokens one after the other, padding not counted")
     return first.flatten().tolist() if first.any() else []
@@ -2599,6 +2623,8 @@ class InferenceSession(transformers.Cache):
                 self._routes[:] = await route.unpadded(step.start)
                 outputs = await self._run_routes(step)
             self._position, self._reorder = step.end, None
+        if len(outputs) == 1 and outputs[0].shape == step.hidden.shape:
+            return outputs[0]
         places = [(route.rows, slice(max(0, route.skip - step.start), None)) for route in self._routes]
         return _put_together(step.hidden, places, outputs)
 
@@ -3252,6 +3278,8 @@ class Block:
 
     def _linear(self, name: str, x: Tensor, adapted: Adapted = ()) -> Tensor:
         out = matmul.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
+        if not adapted:
+            return out
         return lora.add(out, x, [(rows, each) for rows, its in adapted for each in its.get(name, ())])
 
     def _norm(self, name: str, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -3927,10 +3955,11 @@ class Executor(threading.Thread):
             x = self.graphs.run((indices, len(rows), width), whole, plan, x, cos, sin)
             self.progress, index = self.progress + len(indices), indices[-1]
         else:
-            runs = self._runs(parts, sizes)
+            runs = self._runs(parts, sizes) if any(part.work.lora for part in parts) else ()
+            prompted = any(part.prompted for part in parts)
             with contextlib.suppress(GeneratorExit):
                 for index in indices:
-                    for part, tokens in zip(parts, x.split(sizes), strict=True):
+                    for part, tokens in zip(parts, x.split(sizes), strict=True) if prompted else ():
                         if part.prompted:
                             tokens.add_(part.prompts(index).to(tokens))
                     adapted = [(tokens, its[index]) for tokens, its in runs if index in its]

@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 FEW_ROWS = 8  # up to so many oneDNN's product of a matrix as it lies was measured
+FEW_WEIGHTS = 2**19  # of such a matrix: smaller ones stay in the caches, and oneDNN's call costs 27 us more
 KERNEL_ROWS = 64  # from more on CUDA dequantizes; by arithmetic int8 crosses at 148, int4 at 78 (H100)
 
 
@@ -75,6 +76,7 @@ def few(x, weight, bias=None):
     of the time for 1 row, .5 for 4 and 8 (32,000 x 1,024, one thread of an AVX-512 CPU; no packed copy)."""
     rows = x.numel() // max(1, x.shape[-1])
     plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and 0 < rows <= FEW_ROWS
+    plain = plain and weight.numel() >= FEW_WEIGHTS
     asked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if not plain or asked or not has_onednn():
         return F.linear(x, weight, bias)

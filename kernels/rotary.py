@@ -38,7 +38,7 @@ def rope_append(qkv, cos, sin, k_pages, v_pages, plan: Plan):
         return launch_rope_append(qkv, cos, sin, k_pages, v_pages, plan)
     rotated = qkv[:, : N + K]
     if cos is not None and cos.shape[-1] == D:
-        halves = rotated.unflatten(2, (2, D // 2))
+        halves = rotated.view(T, N + K, 2, D // 2)
         cos, sin = _halves(cos, sin, plan, qkv.dtype)
         rotated = (halves * cos).addcmul_(halves.flip(2), sin).flatten(2)
     elif cos is not None:
