@@ -4193,7 +4193,7 @@ MAX_LORA_BYTES = 2**30  # of clients' own LoRA, in all sessions together
 REQUEST_TIMEOUT = 3 * 60.0  # seconds in which a streamed request must be here, as in Petals
 
 Requests, Responses = AsyncIterator[ExpertRequest], AsyncIterator[ExpertResponse]
-_METADATA_CHECKS = (  # what a request may say, and what it must be; all of it may be absent
+_METADATA = (  # what a request may say, and what it must be; all of it may be absent
     ("session_id step_id push_from keep", _text, "a line of text"),
     ("points alloc_timeout", _number, "a number, 0 or more"),
     ("max_length start_from_position whole", _count, "a count of tokens"),
@@ -4204,6 +4204,7 @@ _METADATA_CHECKS = (  # what a request may say, and what it must be; all of it m
     ("lora_scale", _number, "a number, 0 or more"),
     ("lora_first", _count, "a block's place in the request's"),
 )
+_METADATA_CHECKS = {key: its for keys, *its in _METADATA for key in keys.split()}
 
 
 def checked_metadata(request: ExpertRequest) -> dict:
@@ -4211,9 +4212,9 @@ def checked_metadata(request: ExpertRequest) -> dict:
     size = len(request.metadata)
     expect(size <= MAX_METADATA_BYTES, f"metadata of {MAX_METADATA_BYTES} bytes at most", size)
     metadata = {key: value for key, value in unpack_metadata(request).items() if value is not None}
-    for keys, check, wanted in _METADATA_CHECKS:
-        for key in keys.split():
-            expect(key not in metadata or check(metadata[key]), f"{key} to be {wanted}", metadata.get(key))
+    for key in filter(metadata.__contains__, _METADATA_CHECKS):
+        check, wanted = _METADATA_CHECKS[key]
+        expect(check(metadata[key]), f"{key} to be {wanted}", metadata[key])
     return metadata
 
 

@@ -4055,6 +4055,20 @@ def test_a_pass_runs_so_many_tensor_operations(crowd):
     assert sum(count.values()) <= 132
 
 
+@torch.no_grad()
+def test_a_token_costs_the_client_so_many_tensor_operations(crowd):
+    """As `generate` asks for it: with a mask of ones and a position. The embedding, the final norm and the
+    head are eleven."""
+    ids = some_ids(1, 9)
+    with crowd.model.inference_session(max_length=16):
+        crowd.model(ids[:, :8])
+        given = {"attention_mask": torch.ones_like(ids), "position_ids": torch.tensor([[8]])}
+        with Operations() as operations:
+            logits = crowd.model(ids[:, 8:], **given).logits
+    close(logits, crowd.reference(ids).logits[:, 8:])
+    assert sum(operations.names.values()) <= 26, operations.names
+
+
 def test_eight_sessions_that_step_at_once_take_two_passes(crowd, messages, monkeypatch):
     """The first that comes goes alone; what came meanwhile goes together."""
     executor, turn, token = crowd.servers[1].executor, pm.Executor._turn, torch.randn(1, 1, 48)
