@@ -4472,6 +4472,29 @@ def test_show_route_logs_one_line(crowd, initial_peers, caplog):
         assert sum(message.startswith("forward: ") for message in caplog.messages) == forwards
 
 
+def test_a_token_does_not_wait_for_the_answer_of_a_server_in_the_middle(crowd, monkeypatch):
+    """It is history alone, and may come late; the session goes on from it all the same."""
+    hidden = torch.randn(1, 8, 48)
+    expected = crowd.model.model.layers(hidden)
+    with crowd.model.inference_session(max_length=8) as session:
+        outputs = [session.step(hidden[:, i : i + 1]) for i in range(2)]
+        first, last = hops_of(session)
+        receive, release = first.stream.receive, asyncio.Event()
+
+        async def late(kind: type) -> ExpertResponse:
+            response = await receive(kind)
+            await release.wait()
+            return response
+
+        monkeypatch.setattr(first.stream, "receive", late)
+        outputs += [session.step(hidden[:, i : i + 1]) for i in range(2, 5)]
+        assert sum(not answer.done() for answer in first.answers.values()) >= 2
+        pm.wire().soon(release.set)
+        pm.wire().soon(last.close)  # its cache is rebuilt from those answers
+        outputs += [session.step(hidden[:, i : i + 1]) for i in range(5, 8)]
+    torch.testing.assert_close(torch.cat(outputs, dim=1), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_pushes_can_be_switched_off(crowd, initial_peers, monkeypatch):
     pushes, ids = spy(monkeypatch, pm.ServerSession, "push"), some_ids(1, 5)
     load = pm.AutoDistributedModelForCausalLM.from_pretrained
