@@ -14,7 +14,7 @@ The trip of one token
        client, which keeps the middle answers as the history from which a lost server's cache can be rebuilt.
     4. On a server the handler (asyncio) checks the request and gives it to the executor (a thread), which
        lays the tokens of all waiting sessions end to end and runs them through the blocks in one pass; a
-       long prompt goes a block at a time between these passes.
+       long prompt goes a block at a time between these passes, and some way with each.
     5. `Block` reads and writes the paged attention cache; the last server's answer goes through norm and
        head.
 
@@ -99,7 +99,7 @@ import warnings
 import weakref
 import zipfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, AsyncIterator, NamedTuple  # noqa: UP035 - hivemind reads typing's AsyncIterator
@@ -691,13 +691,14 @@ def unpack(message: runtime_pb2.Tensor) -> Tensor:
     expect(message.dtype in WIRE_DTYPES, f"a tensor of {', '.join(WIRE_DTYPES)}", message.dtype)
     dtype = getattr(torch, message.dtype)
     plain = message.compression == runtime_pb2.NONE and min(shape, default=0) >= 0
-    if plain and size == math.prod(shape) * dtype.itemsize:  # 4 us; hivemind takes 25
-        data = bytearray(message.buffer)
-        return (torch.frombuffer(data, dtype=dtype) if size else NOTHING.to(dtype)).view(shape)
+    if plain and shape == [0] and not size:
+        return NOTHING.to(dtype)
+    if plain and size and size == math.prod(shape) * dtype.itemsize:  # 4 us; hivemind takes 25
+        return torch.frombuffer(bytearray(message.buffer), dtype=dtype).view(shape)
     with _failing_as(ValueError, f"expected {message.dtype} {shape}; {size} bytes came"):
-        tensor = deserialize_torch_tensor(message).detach()
+        tensor = NOTHING.to(dtype).view(shape) if plain and not size else deserialize_torch_tensor(message)
     expect(list(tensor.shape) == shape, "sizes of 0 or more", shape)
-    return tensor
+    return tensor.detach()
 
 
 def _size(message) -> int:
@@ -2641,16 +2642,13 @@ class InferenceSession(transformers.Cache):
             raise
 
 
-def _as_session(cache: Any) -> InferenceSession | None:
-    came, fits = type(cache).__name__, isinstance(cache, InferenceSession | None)
-    _require(fits, f"{_CACHE} is a {came}: expected a model.inference_session(), or nothing")
-    return cache
-
-
 def _take_cache(kwargs: dict) -> InferenceSession | None:
     """The session among the arguments, by transformers' older or newer name, which goes from there."""
     older, newer = kwargs.pop("past_key_values", None), kwargs.pop("cache", None)
-    return _as_session(newer if older is None else older)
+    cache = newer if older is None else older
+    came, fits = type(cache).__name__, isinstance(cache, InferenceSession | None)
+    _require(fits, f"{_CACHE} is a {came}: expected a model.inference_session(), or nothing")
+    return cache
 
 
 # ============================================================================================================
@@ -3034,7 +3032,7 @@ class _Base(_Distributed):
             deep = deep.movedim(0, 2)
         return torch.stack(rows), deep
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
         """transformers' forward, for all families: ids [B, T] (or inputs_embeds=[B, T, H]) to last hidden
         state [B, T, H]; use_cache and return_dict as there.
 
@@ -3042,7 +3040,7 @@ class _Base(_Distributed):
         session, or with use_cache=True the step goes through a session, which is returned by that name; else
         through a differentiable forward pass.
         """
-        session = _take_cache(kwargs) or self.remote.active_session
+        session = _take_cache({**kwargs, "past_key_values": past_key_values}) or self.remote.active_session
         given = {key: value for key, value in kwargs.items() if value is not None}
         embeds, layers = given.get("inputs_embeds"), self.remote
         _require((input_ids is None) != (embeds is None), "give either input_ids or inputs_embeds")
@@ -3175,12 +3173,13 @@ class _CausalLM(_Distributed):
         return whole, past.shape[1]
 
     def prepare_inputs_for_generation(self, ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
+        # note: transformers looks for inputs_embeds among these names
         # note: assisted decoding begins with the whole text, also with a cache that holds some of it
         session = kwargs.get(_CACHE)
         if next_sequence_length is None and session is not None and session.position:
             next_sequence_length = ids.shape[1] - session.get_seq_length()
-        its = dict(next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds)
-        return super().prepare_inputs_for_generation(ids, **its, **kwargs)
+        kwargs |= {"next_sequence_length": next_sequence_length, "inputs_embeds": inputs_embeds}
+        return super().prepare_inputs_for_generation(ids, **kwargs)
 
     def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
         mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
@@ -3692,12 +3691,14 @@ class RowTables:
 # 15  Executor: the thread that owns the model
 # ============================================================================================================
 
-# Tokens of one pass; a larger step goes in such pieces, a block at a time between the passes of the others.
-# On a CPU 64 are as fast, each, as 256 (mid: 2.2 ms; 32: 2.4). A GPU must read the weights for each piece.
-TURN_TOKENS, TURN_TOKENS_CUDA = 64, 512
-# A piece under way joins each pass, from the block on where it stands, for some of the blocks: so that on
-# average over all of them the pass has so many tokens more.
-JOINED_TOKENS, JOINED_TOKENS_CUDA = 32, 512
+# Tokens of one pass; of the pieces in which a larger step goes, a block at a time between the passes of the
+# others; and how many of a piece join such a pass, on average over all its blocks: the piece goes with it from
+# the block where it stands, for some of them. On a CPU pieces of 64 are nearly as fast a token as those of 128
+# (mid: 2.5 and 2.3 ms), and a block of mid is through with one in 18 ms. More that join help the prompt and
+# hold up the others: beside a text a prompt took 1.35 and 1.24 times its time alone with 24 and 32, the text's
+# tokens 1.67 and 1.94 times theirs (`bench.py prefill`). A GPU must read the weights for each piece; its
+# figures are not measured.
+PASS_TOKENS = {"cpu": (128, 64, 32), "cuda": (512, 512, 512)}
 EXPECTED_SHARE = 0.75  # of a pass's time: a client that is back so soon is worth waiting for
 KEPT_SECONDS = 120.0  # for which a forward pass is kept for its backward pass
 
@@ -3761,21 +3762,19 @@ class Executor(threading.Thread):
         self.blocks, self.pool, self.hidden_size = blocks, pool, config.hidden_size
         spec, keys = next(iter(blocks.values())).spec, next(iter(pool.k.values()))
         self.dtype, self.device = keys.dtype, keys.device
-        cuda = self.device.type == "cuda"
-        self.turn_tokens = TURN_TOKENS_CUDA if cuda else TURN_TOKENS
-        self.joined_tokens = JOINED_TOKENS_CUDA if cuda else JOINED_TOKENS
+        sizes = PASS_TOKENS.get(self.device.type, PASS_TOKENS["cpu"])
+        self.turn_tokens, self.piece_tokens, self.joined_tokens = sizes
         self.rotary = positions.Rotary(config if spec.rotary else None, spec.head_dim, self.device)
         self.places = lora_places(config, next(iter(blocks.values())))  # alike in all blocks of a model
         self.adapters: dict[str, dict[int, BlockLora]] = {}  # name -> block -> what it adds
         # PyTorch's own operators, where there is no Triton, are told lengths by the host
-        with_kernels = cuda and attention.triton is not None
+        with_kernels = self.device.type == "cuda" and attention.triton is not None
         self.graphs = graphs.Graphs() if with_kernels else None
         self.passes = self.steps = 0  # for status and tests: passes, finished steps
         self._served: weakref.WeakSet[RowTables] = weakref.WeakSet()  # sessions that had an answer
         self._pass_seconds = 0.0  # of the last pass that no prompt had joined
-        # of a long prompt: the piece under way, and its way through the blocks
-        self._piece: _Part | None = None
-        self._course: Iterator[None] | None = None
+        self._piece: _Part | None = None  # of a long prompt, under way
+        self._course: Generator[None] | None = None  # its way through the blocks
         self.progress, self.busy = 0, False  # blocks computed so far; whether there is anything to do
         self.without_cache = WithoutCache(self)
         self._inbox: list[Work] = []
@@ -3828,6 +3827,7 @@ class Executor(threading.Thread):
             if self._stopping:
                 for work in (*small, *prompts, *(work for work, _ in slow)):
                     wire().soon(work.settle, PetalsError("the server is shutting down"))
+                self._piece = self._course = None  # ends here, not in whatever thread collects garbage
                 return
             if small:
                 self._turn(small, self._piece)
@@ -3875,31 +3875,32 @@ class Executor(threading.Thread):
             with torch.inference_mode():
                 self._run_pass(steps, joined)
         except Exception as error:
-            if joined is not None:
-                return self._turn(steps)
-            if len(steps) == 1:
+            if len(steps) == 1 and joined is None:
                 self._failed(steps[0], error)
-            for step in steps if len(steps) > 1 else ():  # find out whose fault it is: each alone
-                self._turn([step])
-            return None
+                return
+            logger.warning("a pass of several failed", exc_info=True)
+            for some in [[step] for step in steps] if joined is None else [steps]:
+                self._turn(some)  # find out whose fault it is: without the prompt, then each alone
+            return
         if joined is None:
             self._pass_seconds = time.perf_counter() - began
         self._expect(steps)
         for work in steps:
             self._finished(work)
-        return None
 
     def _run_pass(self, steps: list[Work], joined: _Part | None = None) -> None:
         parts = [_Part(work, work.left, self) for work in steps]
         self.passes += any(part.ahead for part in parts)
-        ways = {part: part.ahead for part in parts}
-        if joined is not None:
-            self._course = self._course.close()
-            most = self.joined_tokens * len(joined.work.blocks) // len(joined.x)
-            ways[joined] = joined.ahead[: max(1, most)]
+        ways: dict[_Part, Sequence[int]] = {part: part.ahead for part in parts}
 
         def present(index: int) -> list[_Part]:
             return [part for part, blocks in ways.items() if index in blocks]
+
+        if joined is not None:
+            course, self._course = self._course, None
+            course.close()
+            most = self.joined_tokens * len(joined.work.blocks) // len(joined.x)
+            ways[joined] = tuple(itertools.takewhile(present, joined.ahead[: max(1, most)]))
 
         for here, indices in itertools.groupby(self.blocks, present):
             if here:
@@ -3911,13 +3912,13 @@ class Executor(threading.Thread):
     def _prefill(self, prompts: list[Work]) -> None:
         """One block more of a piece: the next one of the prompt that has the least left. Finished prompts are
         taken off the list."""
-        work = self._piece.work if self._piece else min(prompts, key=lambda work: work.tokens_left)
+        piece = self._piece
+        work = piece.work if piece else min(prompts, key=lambda work: work.tokens_left)
         try:
-            if self._piece is None:
-                portion = min(work.left, max(1, self.turn_tokens // len(work.hidden)))
-                self._piece = _Part(work, portion, self)
-                self.passes += bool(self._piece.ahead)
-            piece = self._piece
+            if piece is None:
+                portion = min(work.left, max(1, self.piece_tokens // len(work.hidden)))
+                piece = self._piece = _Part(work, portion, self)
+                self.passes += bool(piece.ahead)
             if piece.ahead:
                 self._course = self._course or self._run_blocks([piece], piece.ahead)
                 next(self._course, None)
@@ -3933,7 +3934,7 @@ class Executor(threading.Thread):
                 prompts.remove(work)
         self._piece = self._course = None
 
-    def _run_blocks(self, parts: list[_Part], indices: Iterable[int]) -> Iterator[None]:
+    def _run_blocks(self, parts: list[_Part], indices: Iterable[int]) -> Generator[None]:
         """Some blocks for the tokens of all these parts at once, those of one adapter side by side; pauses
         between blocks, if they are not one CUDA graph. Closed there, it leaves the parts as they stand."""
         parts, indices = sorted(parts, key=lambda part: id(part.work.lora)), tuple(indices)
@@ -4012,8 +4013,8 @@ class Executor(threading.Thread):
 
 
 class _Part:
-    """What one step contributes to a pass: the next `portion` tokens of its rows, without padding. Executor
-    thread."""
+    """What one step contributes to a pass, or a prompt's piece to several: the next `portion` tokens of its
+    rows, without padding. Executor thread."""
 
     def __init__(self, work: Work, portion: int, executor: Executor):
         if work.output is None:  # the first pass of this step

@@ -1025,6 +1025,7 @@ def test_plain_hivemind_says_bfloat16_and_sends_float32():
         dict(size=[-1, 4], dtype="float32", buffer=bytes(16)),
         dict(size=[2**40, 2**40], dtype="float32", buffer=bytes(16)),
         dict(size=[0, 2**32 - 1, 2**32 - 1], dtype="float32"),
+        dict(size=[2**32 - 1, 2**32 - 1, 2**32 - 1, 0], dtype="float32"),
         dict(size=[4], dtype="complex64", buffer=bytes(32)),
         dict(size=[4], dtype="__import__", buffer=bytes(16)),
     ],
@@ -4966,6 +4967,7 @@ def test_bad_adapters_are_refused_in_one_line(llama, main, tmp_path):
 @torch.no_grad()
 def test_a_long_prompt_goes_in_pieces(crowd, monkeypatch):
     for server in crowd.servers:
+        monkeypatch.setattr(server.executor, "piece_tokens", 32)
         monkeypatch.setattr(server.executor, "turn_tokens", 32)
     ids, before = some_ids(2, 100), [server.executor.passes for server in crowd.servers]
     with crowd.model.inference_session(max_length=100):
@@ -4977,27 +4979,32 @@ def test_a_long_prompt_goes_in_pieces(crowd, monkeypatch):
     free_again(*crowd.servers)
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("comes", ["a token", "one that fails with it", "one of other blocks", "an opening"])
 def test_a_token_waits_for_one_block_of_anothers_prompt_which_goes_some_way_with_it(
-    crowd, monkeypatch, fails
+    crowd, monkeypatch, comes
 ):
-    """Where what they do together fails, each goes on alone from where both stood."""
+    """Where both have the next block to go through. If that fails, each goes on alone from where it stood."""
     executor, seen, begun = crowd.servers[1].executor, [], threading.Event()
-    monkeypatch.setattr(executor, "turn_tokens", 16)
-    monkeypatch.setattr(executor, "joined_tokens", 6)  # 16 in one of three blocks
+    for name, tokens in (("turn", 16), ("piece", 16), ("joined", 6)):  # of 16 in one of three blocks
+        monkeypatch.setattr(executor, f"{name}_tokens", tokens)
 
     def watched(index: int, block: pm.Block, x: torch.Tensor, *more) -> torch.Tensor:
         if not seen:  # in the prompt's first block: go on when the token is there
             begun.set()
             until(lambda: executor._inbox)
         seen.append((index, len(x)))
-        if fails and len(x) == 17:
+        if "fails" in comes and len(x) == 17:
             raise ArithmeticError("together")
         return block(x, *more)
 
-    layers, prompt_, token = crowd.model.model.layers[2:], torch.randn(1, 40, 48), torch.randn(1, 1, 48)
-    expected, outputs = [layers(token), layers(prompt_)], []
-    with layers.inference_session(max_length=40) as long, layers.inference_session(max_length=1) as short:
+    layers, prompt_, token = crowd.model.model.layers, torch.randn(1, 40, 48), torch.randn(1, 1, 48)
+    of_prompt, of_token = layers[2:], layers[4:] if "other" in comes else layers[2:]
+    token = token[:, : "opening" not in comes]
+    expected, outputs = [of_token(token) if token.numel() else token, of_prompt(prompt_)], []
+    with (
+        of_prompt.inference_session(max_length=40) as long,
+        of_token.inference_session(max_length=1) as short,
+    ):
         long.step(prompt_[:, :0])
         short.step(token[:, :0])
         for index, block in executor.blocks.items():
@@ -5007,8 +5014,13 @@ def test_a_token_waits_for_one_block_of_anothers_prompt_which_goes_some_way_with
         assert begun.wait(PATIENCE)
         outputs.insert(0, short.step(token))
         thread.join(PATIENCE)
-    apart = [(2, 1), (3, 1), (4, 1), (3, 16)] if fails else [(4, 1)]
-    assert seen[:-7] == [(2, 16), (2, 1), (3, 17), *apart]
+    passes = {
+        "a token": [(2, 1), (3, 17), (4, 1)],
+        "one that fails with it": [(2, 1), (3, 17), (2, 1), (3, 1), (4, 1), (3, 16)],
+        "one of other blocks": [(4, 1), (3, 16)],
+        "an opening": [(3, 16)],
+    }
+    assert seen[:-7] == [(2, 16), *passes[comes]]
     assert seen[-7:] == [(4, 16), (2, 16), (3, 16), (4, 16), (2, 8), (3, 8), (4, 8)]
     for output, due in zip(outputs, expected, strict=True):
         close(output, due)

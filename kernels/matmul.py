@@ -72,8 +72,9 @@ def linear(x, weight, bias=None):
 
 
 def few(x, weight, bias=None):
-    """F.linear; for a few rows of float32 on a CPU, where no gradient is asked for, by oneDNN's operator: .72
-    of the time for 1 row, .5 for 4 and 8 (32,000 x 1,024, one thread of an AVX-512 CPU; no packed copy)."""
+    """F.linear; for a few rows and a large matrix of float32 on a CPU, where no gradient is asked for, by
+    oneDNN's operator: .72 of the time for 1 row, .5 for 4 and 8 (32,000 x 1,024, one thread of an AVX-512
+    CPU; no packed copy)."""
     rows = x.numel() // max(1, x.shape[-1])
     plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and 0 < rows <= FEW_ROWS
     plain = plain and weight.numel() >= FEW_WEIGHTS
