@@ -3691,13 +3691,13 @@ class RowTables:
 # 15  Executor: the thread that owns the model
 # ============================================================================================================
 
-# Tokens of one pass; of the pieces in which a larger step goes, a block at a time between the passes of the
-# others; and how many of a piece join such a pass, on average over all its blocks: the piece goes with it
-# from the block where it stands, for some of them. On a CPU pieces of 64 are nearly as fast a token as those
-# of 128 (mid: 2.5 and 2.3 ms), and a block of mid is through with one in 18 ms. More that join help the
-# prompt and hold up the others: beside a text a prompt took 1.35 and 1.24 times its time alone with 24 and
-# 32, the text's tokens 1.67 and 1.94 times theirs (`bench.py prefill`). A GPU must read the weights for each
-# piece; its figures are not measured.
+# Tokens of one pass; of one step in it, for a larger one (a prompt) goes in pieces of so many, a block at a
+# time between the passes of the others; and how many of a piece join such a pass, on average over all its
+# blocks: the piece goes with it from the block where it stands, for some of them. On a CPU pieces of 64 are
+# nearly as fast a token as those of 128 (mid: 2.5 and 2.3 ms), and a block of mid is through with one in 18
+# ms. More that join help the prompt and hold up the others: beside a text a prompt took 1.35 and 1.24 times
+# its time alone with 24 and 32, the text's tokens 1.67 and 1.94 times theirs (`bench.py prefill`). A GPU must
+# read the weights for each piece; its figures are not measured.
 PASS_TOKENS = {"cpu": (128, 64, 32), "cuda": (512, 512, 512)}
 EXPECTED_SHARE = 0.75  # of a pass's time: a client that is back so soon is worth waiting for
 KEPT_SECONDS = 120.0  # for which a forward pass is kept for its backward pass
@@ -3819,7 +3819,7 @@ class Executor(threading.Thread):
             for work in sorted(fresh, key=lambda work: work.tokens_left):
                 if work.tables is None:
                     slow.append((work, self.without_cache.run(work)))
-                elif work.tokens_left <= budget:
+                elif work.tokens_left <= min(budget, self.piece_tokens):
                     budget -= work.tokens_left
                     small.append(work)
                 else:
