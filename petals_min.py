@@ -692,7 +692,7 @@ def unpack(message: runtime_pb2.Tensor) -> Tensor:
     dtype = getattr(torch, message.dtype)
     plain = message.compression == runtime_pb2.NONE and min(shape, default=0) >= 0
     if plain and shape == [0] and not size:
-        return NOTHING.to(dtype)
+        return NOTHING.to(dtype)  # what is absent
     if plain and size and size == math.prod(shape) * dtype.itemsize:  # 4 us; hivemind takes 25
         return torch.frombuffer(bytearray(message.buffer), dtype=dtype).view(shape)
     with _failing_as(ValueError, f"expected {message.dtype} {shape}; {size} bytes came"):
@@ -3803,7 +3803,7 @@ class Executor(threading.Thread):
     def run(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # of this thread: where kernels are launched
-        prompts: list[Work] = []  # steps larger than a pass, under way
+        prompts: list[Work] = []  # steps larger than a piece, under way
         slow: deque[tuple[Work, Iterator]] = deque()  # forward and backward passes under way
         while True:
             with self._news:
@@ -4194,7 +4194,7 @@ MAX_LORA_BYTES = 2**30  # of clients' own LoRA, in all sessions together
 REQUEST_TIMEOUT = 3 * 60.0  # seconds in which a streamed request must be here, as in Petals
 
 Requests, Responses = AsyncIterator[ExpertRequest], AsyncIterator[ExpertResponse]
-_METADATA = (  # what a request may say, and what it must be; all of it may be absent
+_METADATA_CHECKS = (  # what a request may say, and what it must be; all of it may be absent
     ("session_id step_id push_from keep", _text, "a line of text"),
     ("points alloc_timeout", _number, "a number, 0 or more"),
     ("max_length start_from_position whole", _count, "a count of tokens"),
@@ -4205,7 +4205,7 @@ _METADATA = (  # what a request may say, and what it must be; all of it may be a
     ("lora_scale", _number, "a number, 0 or more"),
     ("lora_first", _count, "a block's place in the request's"),
 )
-_METADATA_CHECKS = {key: its for keys, *its in _METADATA for key in keys.split()}
+_CHECK_OF = {key: its for keys, *its in _METADATA_CHECKS for key in keys.split()}
 
 
 def checked_metadata(request: ExpertRequest) -> dict:
@@ -4213,8 +4213,8 @@ def checked_metadata(request: ExpertRequest) -> dict:
     size = len(request.metadata)
     expect(size <= MAX_METADATA_BYTES, f"metadata of {MAX_METADATA_BYTES} bytes at most", size)
     metadata = {key: value for key, value in unpack_metadata(request).items() if value is not None}
-    for key in filter(metadata.__contains__, _METADATA_CHECKS):
-        check, wanted = _METADATA_CHECKS[key]
+    for key in filter(metadata.__contains__, _CHECK_OF):
+        check, wanted = _CHECK_OF[key]
         expect(check(metadata[key]), f"{key} to be {wanted}", metadata[key])
     return metadata
 

@@ -5026,6 +5026,69 @@ def test_a_token_waits_for_one_block_of_anothers_prompt_which_goes_some_way_with
         close(output, due)
 
 
+@pytest.mark.parametrize("has", ["padding and deep prompts", "a LoRA"])
+def test_a_prompt_that_goes_with_anothers_token_computes_what_it_computes_alone(
+    crowd, initial_peers, monkeypatch, has
+):
+    """Stopped in mid-way, with the token in one pass, and on: each has its own prompts, padding and LoRA."""
+    executor, joined, begun = crowd.servers[1].executor, [], threading.Event()
+    options = {"tuning_mode": "lora", "lora_rank": 2} if "LoRA" in has else {}
+    model = another_model(crowd, initial_peers, **options)
+    for matrix in model.model.layers.lora_B.values():
+        torch.nn.init.normal_(matrix)
+    layers, hidden, token = model.model.layers[2:], torch.randn(2, 40, 48), torch.randn(1, 1, 48)
+    padded = {} if options else {"left_pad": [3, 0]}
+    given = () if options else (torch.randn(3, 1, 20, 48),)
+    for name, tokens in (("turn", 16), ("piece", 16), ("joined", 6)):
+        monkeypatch.setattr(executor, f"{name}_tokens", tokens)
+
+    def watched(index: int, block: pm.Block, x: torch.Tensor, *more) -> torch.Tensor:
+        if not begun.is_set():
+            begun.set()
+            until(lambda: executor._inbox)
+        joined.append(len(x) in (14, 17))  # 8 tokens of each row, less the padding, and one
+        return block(x, *more)
+
+    plain = crowd.model.model.layers[2:]
+    with torch.no_grad(), layers.inference_session(max_length=40, **padded) as long:
+        expected, due = long.step(hidden, *given), plain(token)
+    with torch.no_grad(), plain.inference_session(max_length=1) as short:
+        short.step(token[:, :0])
+        with layers.inference_session(max_length=40, **padded) as long:
+            long.step(hidden[:, :0])
+            for index, block in executor.blocks.items():
+                monkeypatch.setitem(executor.blocks, index, functools.partial(watched, index, block))
+            outputs = []
+            thread = threading.Thread(
+                target=torch.no_grad()(lambda: outputs.append(long.step(hidden, *given)))
+            )
+            thread.start()
+            assert begun.wait(PATIENCE)
+            close(short.step(token), due)
+            thread.join(PATIENCE)
+    assert sum(joined) == 1
+    torch.testing.assert_close(outputs[0], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_executor_that_stops_in_the_middle_of_a_prompt_says_so(
+    tiny, server_of, initial_peers, monkeypatch
+):
+    options = {"dht_prefix": "stops-hf"}
+    executor = server_of(tiny.path, 0, 4, **options).executor
+    monkeypatch.setattr(executor, "piece_tokens", 16)
+    block, options["initial_peers"] = executor.blocks[1], initial_peers
+    monkeypatch.setitem(executor.blocks, 1, lambda *given: (executor.stop(), block(*given))[1])
+    model = pm.AutoDistributedModelForCausalLM.from_pretrained(tiny.path, max_retries=0, **options)
+    with (
+        model.inference_session(max_length=40) as session,
+        pytest.raises(pm.PeerError, match="shutting down"),
+    ):
+        session.step(torch.randn(1, 40, 32))
+    executor.join(PATIENCE)
+    assert not executor.is_alive() and executor._piece is executor._course is None
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("limit", ["STEP_TIMEOUT", "SESSION_TIMEOUT"])
 def test_a_session_that_lasts_too_long_ends_and_its_client_does_not_notice(crowd, monkeypatch, limit):
