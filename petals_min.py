@@ -4192,6 +4192,7 @@ MAX_HELD_BYTES = 2**30  # of forward and backward requests; and as much of sessi
 MAX_METADATA_BYTES = 2**18
 MAX_LORA_BYTES = 2**30  # of clients' own LoRA, in all sessions together
 REQUEST_TIMEOUT = 3 * 60.0  # seconds in which a streamed request must be here, as in Petals
+LINGER_SECONDS = 0.05  # between a stream's last message, often an error, and its end
 
 Requests, Responses = AsyncIterator[ExpertRequest], AsyncIterator[ExpertResponse]
 _METADATA_CHECKS = (  # what a request may say, and what it must be; all of it may be absent
@@ -4329,6 +4330,20 @@ class TransformerConnectionHandler(ServicerBase):
         self.held = Counter()  # bytes of each kind of request that waits or is in work
         self.door = Door(server.swarm.p2p)
         self.roads = Roads(server.swarm.p2p)
+
+    async def add_p2p_handlers(self, p2p: P2P, *args, **kwargs) -> None:
+        """As hivemind's, but no stream is closed right behind its last message: hivemind's daemon then loses
+        that message now and then (1 in 1,000, hivemind 1.1.12 alone; none of 6,000 closed 20 ms later)."""
+        await super().add_p2p_handlers(p2p, *args, **kwargs)
+        handlers = p2p._client.control.handlers
+        for name in handlers:
+            handlers[name] = functools.partial(self._linger, handlers[name])
+
+    @staticmethod
+    async def _linger(handler: Callable, info: StreamInfo, reader, writer: asyncio.StreamWriter) -> None:
+        later, close = asyncio.get_running_loop().call_later, writer.close
+        writer.close = lambda: later(LINGER_SECONDS, close)
+        await handler(info, reader, writer)
 
     # ---- checks: everything a stranger sends passes here
 
