@@ -650,7 +650,7 @@ def parse_dtype(dtype: Any) -> torch.dtype | None:
 NOTHING = torch.empty(0)  # on the wire an absent tensor is an empty one
 NO_IDS = torch.empty(0, dtype=torch.int64)
 HANDLER = "TransformerConnectionHandler"  # the name that every Petals peer calls
-PLAIN = hivemind.compression.NoCompression()
+COMPRESSIONS = runtime_pb2.CompressionType.values()
 WIRE_DTYPES = ("float32", "float16", "bfloat16", "int64")
 
 
@@ -661,22 +661,21 @@ def expect(holds: Any, wanted: str, came: Any) -> None:
         raise ValueError(f"expected {wanted}; {came!r:.200} came")
 
 
-def pack(tensor: Tensor, compression: int = runtime_pb2.NONE) -> runtime_pb2.Tensor:
-    """A CPU tensor as hivemind's message."""
+def pack(tensor: Tensor | runtime_pb2.Tensor, compression: int = runtime_pb2.NONE) -> runtime_pb2.Tensor:
+    """A CPU tensor as hivemind's message, unless it is one."""
     if tensor is NOTHING or tensor is NO_IDS:
         return _packed_nothing(tensor)
-    return _pack(tensor.detach(), compression)
+    return _pack(tensor.detach(), compression) if isinstance(tensor, Tensor) else tensor
 
 
 def _pack(tensor: Tensor, compression: int) -> runtime_pb2.Tensor:
     # hivemind can compress neither integers nor nothing
     if compression != runtime_pb2.NONE and tensor.numel() and tensor.is_floating_point():
         return serialize_torch_tensor(tensor.float(), compression)
-    # Two bytes a value; hivemind would send float32.
-    raw = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-    message = PLAIN.compress(raw, None)
-    message.dtype = str(tensor.dtype).removeprefix("torch.")
-    return message
+    # Two bytes a value of bfloat16, which numpy does not know; hivemind would send float32.
+    raw, name = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor, str(tensor.dtype)
+    buffer = raw.numpy().tobytes()
+    return runtime_pb2.Tensor(buffer=buffer, size=tensor.shape, dtype=name.removeprefix("torch."))
 
 
 @functools.cache
@@ -1917,9 +1916,7 @@ class Watch:
 
     def __init__(self, router: Router, peer: PeerID, size: int, stream: Stream | None = None):
         self.router, self.peer, self.stream = router, peer, stream
-        seen = stream is not None and stream.unacknowledged() is not None
-        self.extra = 0.0 if seen else _behind(size)  # bytes of the step
-        self.missed = 0
+        self.size, self.missed = size, 0  # bytes of the step; probes without answer in a row
         self.progress, self.moved = None, time.monotonic()  # the last probe's; when it was another
 
     async def look_after(self, answer: asyncio.Future) -> None:
@@ -1927,8 +1924,10 @@ class Watch:
         trip = self.router.pings.get(self.peer, 0.0)
         if (await asyncio.wait([answer], timeout=max(PROBE_SECONDS, trip)))[0]:
             return
-        before, patience = self.progress, min(max(1.0, 4 * trip), MAX_PING) + self.extra
         stream, bytes_before = self.stream, self.stream.moved if self.stream else 0
+        sees = stream is not None and stream.unacknowledged() is not None
+        patience = min(max(1.0, 4 * trip), MAX_PING) + (0.0 if sees else _behind(self.size))
+        before = self.progress
         try:
             self.progress, self.missed = await self.router.probe(self.peer, patience), 0
         except PeerError as error:
@@ -3053,8 +3052,8 @@ class _Base(_Distributed):
         past, begins, deep, P = 0, True, None, 0
         if session is not None:
             ours = layers.blocks
-            fits = session.blocks == ours and session.router is layers.router
-            _require(fits, f"{session!r}: expected one of {layers.extra_repr()}, of this model")
+            if session.blocks != ours or session.router is not layers.router:  # its repr takes a while
+                raise UserError(f"{session!r}: expected one of {layers.extra_repr()}, of this model")
             session._start_over_unless(len(hidden))
             past, begins = session.get_seq_length(), not session.position
         left_pad = _left_pad(attention_mask, position_ids, hidden, past)
@@ -4391,10 +4390,9 @@ class TransformerConnectionHandler(ServicerBase):
 
     @staticmethod
     async def _response(outputs: Sequence[Tensor], metadata: dict) -> ExpertResponse:
-        known = runtime_pb2.CompressionType.values()
         kinds = metadata.get("output_compression", [runtime_pb2.NONE] * len(outputs))
-        fit = len(kinds) == len(outputs) and all(kind in known for kind in kinds)
-        expect(fit, f"output_compression of {len(outputs)} of {known}", kinds)
+        fit = len(kinds) == len(outputs) and all(kind in COMPRESSIONS for kind in kinds)
+        expect(fit, f"output_compression of {len(outputs)} of {COMPRESSIONS}", kinds)
         size = sum(tensor.nbytes for tensor in outputs)
         return await _off_loop(size, lambda: ExpertResponse(tensors=map(pack, outputs, kinds)))
 
@@ -4595,8 +4593,8 @@ class TransformerConnectionHandler(ServicerBase):
         passed = {key: value for key, value in metadata.items() if key not in dropped}
         passed |= {"session_id": session_id, "next_servers": rest, "pushed": True}
         uid = " ".join(block_uids(self.server.prefix, start, end))
-        request = pack_request(uid, [NOTHING, NOTHING, torch.tensor(order, dtype=torch.int64)], passed)
-        request.tensors[0].CopyFrom(output)
+        ids = torch.tensor(order, dtype=torch.int64) if order else NO_IDS
+        request = pack_request(uid, [output, NOTHING, ids], passed)
         peer = peer_of(name)
         if peer == swarm.peer_id:  # libp2p does not call itself
             await self.rpc_push(request, P2PContext("rpc_push", peer, peer))
