@@ -3518,10 +3518,9 @@ class AdapterCheckpoint:
         self.alphas = said.get("alpha_pattern") or {}
         fits = isinstance(self.alphas, dict) and all(map(_number, self.alphas.values()))
         # note: the keys are regular expressions; names and dots alone cannot run for ever
-        fits = fits and all(re.fullmatch(r"\^?[\w.\\]+", form) for form in self.alphas)
-        _require(
-            fits, f"adapter {name!r}: expected names with numbers as alpha_pattern, {self.alphas!r:.99} came"
-        )
+        fits = fits and all(re.fullmatch(r"\^?(\w|\.|\\[.dw])+", form) for form in self.alphas)
+        text = f"adapter {name!r}: expected names with numbers as alpha_pattern, {self.alphas!r:.99} came"
+        _require(fits, text)
         self.found: dict[int, dict[str, dict[str, str]]] = {}  # block -> its matrix -> A or B -> tensor
         layer = rf"(?:model\.|transformer\.)?{family_of(config).layers}\.(\d+)"
         for tensor in self.checkpoint.files:
@@ -3802,11 +3801,12 @@ class Executor(threading.Thread):
     def run(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # of this thread: where kernels are launched
+        later: list[Work] = []  # small steps for which the last pass had no room
         prompts: list[Work] = []  # steps larger than a piece, under way
         slow: deque[tuple[Work, Iterator]] = deque()  # forward and backward passes under way
         while True:
             with self._news:
-                while not (self._inbox or prompts or slow or self._stopping):
+                while not (self._inbox or later or prompts or slow or self._stopping):
                     self.busy = False
                     self._news.wait(KEPT_SECONDS if self.without_cache.kept else None)
                     self.without_cache.forget_old()
@@ -3814,17 +3814,19 @@ class Executor(threading.Thread):
                 if not (prompts or slow):
                     self._wait_for_expected()
                 fresh, self._inbox = self._inbox, []
-            small, budget = [], self.turn_tokens
-            for work in sorted(fresh, key=lambda work: work.tokens_left):
+            small, waiting, later, budget = [], later, [], self.turn_tokens
+            for work in [*waiting, *sorted(fresh, key=lambda work: work.tokens_left)]:
                 if work.tables is None:
                     slow.append((work, self.without_cache.run(work)))
-                elif work.tokens_left <= min(budget, self.piece_tokens):
+                elif work.tokens_left > self.piece_tokens:
+                    prompts.append(work)
+                elif work.tokens_left <= budget:
                     budget -= work.tokens_left
                     small.append(work)
                 else:
-                    prompts.append(work)
+                    later.append(work)
             if self._stopping:
-                for work in (*small, *prompts, *(work for work, _ in slow)):
+                for work in (*small, *later, *prompts, *(work for work, _ in slow)):
                     wire().soon(work.settle, PetalsError("the server is shutting down"))
                 self._piece = self._course = None  # ends here, not in whatever thread collects garbage
                 return
@@ -4458,9 +4460,15 @@ class TransformerConnectionHandler(ServicerBase):
 
     async def rpc_forward_stream(self, requests: Requests, context: P2PContext) -> Responses:
         wanted = f"expected the whole request within {REQUEST_TIMEOUT:g} s"
-        with _failing_as(ValueError, wanted, asyncio.TimeoutError):
-            request = await _at_most(REQUEST_TIMEOUT, join_messages(requests))
-        with self._holding(request, "requests"):
+        with contextlib.ExitStack() as held:
+
+            async def counted() -> Requests:
+                async for message in requests:
+                    held.enter_context(self._holding(message, "requests"))
+                    yield message
+
+            with _failing_as(ValueError, wanted, asyncio.TimeoutError):
+                request = await _at_most(REQUEST_TIMEOUT, join_messages(counted()))
             response = await self._forward(request, context)
             with self._ending(REQUEST_TIMEOUT):
                 for part in split_message(response):
@@ -5143,7 +5151,7 @@ def _parser() -> argparse.ArgumentParser:
     record = "--attn_cache_tokens --inference_max_length --throughput --update_period --max_lora_rank"
     talk = f"{model} --active_adapter --max_new_tokens --temperature --top_p --seed --greedy"
     for function, flags in (
-        (run_serve, f"{model} {server} {record} --public_name {network}"),
+        (run_serve, f"{model} {server} {record} --public_name --direct_port {network}"),
         (run_dht, f"--initial_peers {network}"),
         (run_generate, f"{talk} --prompt"),
         (run_chat, f"{talk} --max_length"),
