@@ -511,8 +511,11 @@ class ClientConfig:
         """Set each field on a transformers config: from `kwargs` (taken out), else as it is, else ours."""
         for name, ours in vars(self).items():
             setattr(config, name, kwargs.pop(name, getattr(config, name, ours)))
-        peers = config.initial_peers or ()
-        config.initial_peers = list(map(str, [peers] if isinstance(peers, (str, Multiaddr)) else peers))
+        for name in ("initial_peers", "allowed_servers", "blocked_servers"):
+            some = getattr(config, name)
+            some = [some] if isinstance(some, (str, Multiaddr, PeerID)) else some
+            setattr(config, name, some if some is None else list(map(str, some)))
+        config.initial_peers = config.initial_peers or []
         return config
 
 
@@ -536,8 +539,9 @@ def lora_targets(config: PretrainedConfig) -> dict[str, str]:
 def lora_terms(config: PretrainedConfig, first: int = 0) -> dict[str, Any]:
     """What a request with the user's own LoRA says of it; first: a block's place in the request's."""
     names = list(lora_targets(config).values())
-    scale = config.lora_alpha / config.lora_rank
-    return {"lora_targets": names, "lora_scale": scale, "lora_first": first} if names else {}
+    if not names:
+        return {}
+    return {"lora_targets": names, "lora_scale": config.lora_alpha / config.lora_rank, "lora_first": first}
 
 
 # ============================================================================================================
@@ -651,6 +655,8 @@ NOTHING = torch.empty(0)  # on the wire an absent tensor is an empty one
 NO_IDS = torch.empty(0, dtype=torch.int64)
 HANDLER = "TransformerConnectionHandler"  # the name that every Petals peer calls
 COMPRESSIONS = runtime_pb2.CompressionType.values()
+MAX_TENSORS = 64  # of a request: hidden states, gradient, prompts, ids, two matrices for each LoRA target
+EMPTY_BYTES = 256  # about what a message, or a tensor in it, takes in memory besides its numbers
 WIRE_DTYPES = ("float32", "float16", "bfloat16", "int64")
 
 
@@ -716,6 +722,8 @@ def pack_request(
 def unpack_request(request: ExpertRequest, metadata: dict) -> list[Tensor]:
     """A request's tensors in the order of its `args_structure` (the order they came in, where there is
     none)."""
+    count = len(request.tensors)  # absent ones have no bytes, but take their time too
+    expect(count <= MAX_TENSORS, f"{MAX_TENSORS} tensors at most", count)
     tensors = {f"__T{i}".encode(): unpack(tensor) for i, tensor in enumerate(request.tensors)}
     structure = metadata.get("args_structure", (tensors, {}))
     with _failing_as(ValueError, f"args_structure {structure!r:.200} does not fit {len(tensors)} tensors"):
@@ -772,10 +780,10 @@ def split_message(message) -> Iterable[Any]:
 
 
 async def join_messages(messages: AsyncIterator[Any], limit: int = 2**30) -> Any:
-    """The inverse of `split_message`; at most `limit` bytes in all."""
+    """The inverse of `split_message`; at most `limit` bytes in all; an empty message has some too."""
     first, parts, total = None, [], 0
     async for message in messages:
-        first, total = first or message, total + _size(message)
+        first, total = first or message, total + _size(message) + EMPTY_BYTES * (1 + len(message.tensors))
         expect(total <= limit, f"a stream of {limit} bytes at most", f"more than {limit}")
         for part in message.tensors:
             if part.dtype or not parts:  # a part that continues has neither dtype nor size
@@ -827,13 +835,11 @@ class Stream:
     def unacknowledged(self) -> int | None:
         """Bytes that left us but have not come to a direct stream's peer; None where nobody can tell: by
         libp2p, whose daemons hold some (`BUFFERED_BYTES`), and outside Linux."""
-        if not isinstance(self.writer, SealedWriter) or self.writer.is_closing():
-            return None
-        try:
-            answer = fcntl.ioctl(self.writer.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-        except (OSError, ValueError):
-            return None
-        return int.from_bytes(answer, sys.byteorder)
+        if isinstance(self.writer, SealedWriter) and not self.writer.is_closing():
+            with contextlib.suppress(OSError, ValueError):
+                number = self.writer.get_extra_info("socket").fileno()
+                return int.from_bytes(fcntl.ioctl(number, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        return None
 
     async def send(self, message) -> None:
         self.sent += message.ByteSize()
@@ -1456,7 +1462,7 @@ class Router:
         # a row, why, and whether it is silent (None: not known): an answer lifts such a ban
         self.bans: dict[PeerID, tuple[float, int, str, bool | None]] = {}
         self._reading: asyncio.Task | None = None
-        self._flying, self._landing = 0, asyncio.Condition()  # bytes of forward and backward requests
+        self._flying, self._landed = 0, asyncio.Event()  # bytes of forward and backward requests
         timer = asyncio.run_coroutine_threadsafe(Router._keep_reading(weakref.ref(self)), wire().loop)
         weakref.finalize(self, timer.cancel)
 
@@ -1485,10 +1491,8 @@ class Router:
         self.offers = list(filter(self._allowed, spans_of(table)))
         self.spans = list(filter(self._offers_all, self.offers))
         self.known |= {span.peer: span for span in self.spans}
-        peers = list({span.peer for span in self.spans})
-        gone = [peer for peer in self.bans.keys() - set(peers) if self.bans[peer][0] < time.monotonic()]
-        for peer in gone:
-            del self.bans[peer]
+        peers, now = list({span.peer for span in self.spans}), time.monotonic()
+        self.bans = {peer: ban for peer, ban in self.bans.items() if peer in peers or ban[0] >= now}
         some = random.sample(peers, min(self.config.max_pinged, len(peers)))
         measuring = _spawn(_gather_quietly(*map(self._measure, some)))
         if self.updated == -math.inf:  # no round trip is known yet: give those that are near a moment
@@ -1504,9 +1508,9 @@ class Router:
     def _allowed(self, span: Span) -> bool:
         config, peer, quants = self.config, str(span.peer), self.config.allowed_quant_types
         # by peer id only: anybody may take any public name
-        allowed = config.allowed_servers is None or peer in map(str, config.allowed_servers)
+        allowed = config.allowed_servers is None or peer in config.allowed_servers
         allowed = allowed and (quants is None or (span.info.quant_type or "none") in quants)
-        blocked = {peer, span.info.public_name} & set(map(str, config.blocked_servers or ()))
+        blocked = {peer, span.info.public_name} & set(config.blocked_servers or ())
         return bool(allowed and not blocked)
 
     def _offers_all(self, span: Span) -> bool:
@@ -1542,18 +1546,15 @@ class Router:
     @contextlib.asynccontextmanager
     async def flight(self, size: int) -> AsyncIterator[None]:
         """While a forward or backward request is under way: a server takes only so many bytes at a time."""
-        async with self._landing:
-            await self._landing.wait_for(lambda: not self._flying or self._flying + size <= MAX_FLYING_BYTES)
-            self._flying += size
+        while self._flying and self._flying + size > MAX_FLYING_BYTES:
+            self._landed.clear()
+            await self._landed.wait()
+        self._flying += size
         try:
             yield
         finally:
             self._flying -= size
-            _spawn(self._landed())
-
-    async def _landed(self) -> None:
-        async with self._landing:
-            self._landing.notify_all()
+            self._landed.set()
 
     async def probe(self, peer: PeerID, timeout: float) -> int | None:
         """Ask a server's own handler for a sign of life; PeerError if there is none in `timeout` seconds. If
@@ -1587,6 +1588,8 @@ class Router:
             try:
                 return await open_direct(self.swarm.p2p, peer, "rpc_inference")
             except PeerError as error:
+                if error.silent:  # it may be frozen: to see that need not take connect_timeout
+                    await self.probe(peer, MAX_PING)
                 logger.info("no direct stream to %s (%s), so by libp2p", peer, error)
                 self.indirect[peer] = now + INDIRECT_SECONDS
         return await Stream.open(self.swarm.p2p, peer, "rpc_inference", self.config.connect_timeout)
@@ -1678,19 +1681,12 @@ class Router:
         rate = info.inference_rps or info.throughput or DEFAULT_RPS
         return half, HOP_SECONDS + CACHE_PENALTY * short, 1 / max(rate, 1e-6)
 
-    def spread(self, start: int, end: int, tokens: int = 0) -> list[Span]:
-        """A route for one forward or backward request of rows of so many tokens: servers drawn with a chance
-        in proportion to throughput."""
-        route: list[Span] = []
-
-        def fits(span: Span) -> bool:
-            return (span.info.max_length or tokens) >= tokens
-
-        for index, spans in enumerate(self._usable(start, end, fits), start):
-            if not route or route[-1].end == index:
-                span = random.choices(spans, [max(span.info.throughput, 1e-3) for span in spans])[0]
-                route.append(dataclasses.replace(span, start=index, end=min(span.end, end)))
-        return route
+    def spread(self, start: int, end: int, tokens: int = 0) -> Span:
+        """The server of the first of these blocks, and of others that it has, for one forward or backward
+        request of rows of so many tokens: drawn with a chance in proportion to throughput."""
+        spans = self._usable(start, end, lambda span: (span.info.max_length or tokens) >= tokens)[0]
+        span = random.choices(spans, [max(span.info.throughput, 1e-3) for span in spans])[0]
+        return dataclasses.replace(span, start=start, end=min(span.end, end))
 
     def _recent_failures(self) -> str:
         return "".join([f"; …{str(peer)[-6:]}: {why}" for peer, (_, _, why, _) in self.bans.items()][-3:])
@@ -1869,11 +1865,6 @@ class History:
             value, last.end = _arrived(last.source), position
             if value is not None:  # a copy, so that the memory of the rest is free
                 last.source = value[:, : position - last.start].clone()
-
-    def copy(self) -> History:
-        other = History()
-        other.chunks = list(map(dataclasses.replace, self.chunks))
-        return other
 
     def reorder(self, ids: Tensor | None) -> None:
         if self.chunks:
@@ -2149,27 +2140,26 @@ class Route:
         try:
             outputs = [await self._run_piece(piece) for piece in pieces]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        except BaseException:  # cancelled or out of retries: what the servers did of this step is unknown, so
-            for hop in self.hops:  # the next one begins with others, to which the history is replayed
-                hop.close()
-            if before is not None:  # some pieces are done, and rows reordered
-                self.restore(before)
+        except BaseException:
+            # cancelled or out of retries: what the servers did of this step is unknown, some pieces may be
+            # done, and rows reordered; so the next one begins with others
+            self.restore(before or (self.hops[0].history.chunks, self.left_pad, self.apart))
             if self.closed:
                 raise UserError(CLOSED) from None
             raise
         finally:
             self.running = None
 
-    def state(self) -> tuple[History, list[int], dict]:
+    def state(self) -> tuple[list[Chunk], list[int], dict]:
         """What `restore` needs to undo the steps that follow."""
-        return self.hops[0].history.copy(), self.left_pad, self.apart
+        return list(map(dataclasses.replace, self.hops[0].history.chunks)), self.left_pad, self.apart
 
-    def restore(self, state: tuple[History, list[int], dict]) -> None:
+    def restore(self, state: tuple[list[Chunk], list[int], dict]) -> None:
         """The next step begins with other servers, to which the history is replayed."""
         for hop in self.hops:
             hop.close()
         self.hops = [Hop(self.router, self.blocks.start, self.blocks.stop)]
-        self.hops[0].history, self.left_pad, self.apart = state
+        self.hops[0].history.chunks, self.left_pad, self.apart = state
 
     async def _run_piece(self, step: Step) -> Tensor:
         for attempt in itertools.count(1):
@@ -2375,10 +2365,8 @@ def _left_pad(mask: Tensor | None, position_ids: Tensor | None, hidden: Tensor, 
     _require(ones.shape == due, f"attention_mask is {tuple(ones.shape)}, expected {due} of zeros and ones")
     first, count = (ones.cumsum(1) == 0).sum(1, keepdim=True), ones.sum(1, keepdim=True)
     whole = torch.equal(ones, (places >= first) & (places < first + count)) and (mask is None or count.all())
-    _require(
-        whole,
-        "attention_mask: expected rows of zeros, ones, zeros (padding left and right; left for generate)",
-    )
+    text = "attention_mask: expected rows of zeros, ones, zeros (padding left and right; left for generate)"
+    _require(whole, text)
     if given is not None:
         ways = plain, (plain - first).clamp(min=0)  # what stands at padding does not matter
         fits = fits and any(((given == way) | ~ones[:, past:]).all() for way in ways)
@@ -2673,7 +2661,12 @@ class RemoteSequential(nn.Module):
         super().__init__()
         self.config, self.blocks = config, range(num_blocks(config))[start_block:end_block]
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
-        self._add_lora()
+        targets, size = lora_targets(config), (num_blocks(config), config.lora_rank)
+        block = bare_block(config) if targets else None
+        for name, place in targets.items():
+            matrix = block.get_submodule(place)
+            self.lora_A[name] = nn.Parameter(_new_lora("lora_A", (*size, matrix.in_features)))
+            self.lora_B[name] = nn.Parameter(_new_lora("lora_B", (size[0], matrix.out_features, size[1])))
         # shared with slices, which are shallow copies
         self._dht, self._opening = dht, threading.Lock()
         self._routers: list[Router] = []  # one, once it is needed
@@ -2704,24 +2697,14 @@ class RemoteSequential(nn.Module):
         other._modules = copy.deepcopy(self._modules, memo)
         return other
 
-    def _add_lora(self) -> None:
-        targets, size = lora_targets(self.config), (num_blocks(self.config), self.config.lora_rank)
-        block = bare_block(self.config) if targets else None
-        for name, place in targets.items():
-            matrix = block.get_submodule(place)
-            self.lora_A[name] = nn.Parameter(_new_lora("lora_A", (*size, matrix.in_features)))
-            self.lora_B[name] = nn.Parameter(_new_lora("lora_B", (size[0], matrix.out_features, size[1])))
-
     def own_lora(self) -> list[Tensor]:
         """The user's own LoRA for these blocks: A [blocks, r, K] and B [blocks, N, r] of each target."""
         halves = ((self.lora_A[name], self.lora_B[name]) for name in self.lora_A)
         return [half[self.blocks.start : self.blocks.stop] for both in halves for half in both]
 
     def __repr__(self) -> str:
-        return f"RemoteSequential({self.extra_repr()})"
-
-    def extra_repr(self) -> str:
-        return f"{self.config.dht_prefix}, remote blocks {self.blocks.start}:{self.blocks.stop}"
+        blocks = f"remote blocks {self.blocks.start}:{self.blocks.stop}"
+        return f"RemoteSequential({self.config.dht_prefix}, {blocks})"
 
     @property
     def active_session(self) -> InferenceSession | None:
@@ -2838,7 +2821,7 @@ async def remote_forward(
     while at < blocks.stop:
         try:
             await router.refresh(max_age=router.config.update_period, wait=False)
-            span = router.spread(at, blocks.stop, hidden.shape[1])[0]
+            span = router.spread(at, blocks.stop, hidden.shape[1])
             part = _tuned_of(tuned, slice(at - blocks.start, span.end - blocks.start))
             leg = Leg(span, hidden, str(uuid.uuid4()) if keep and "keep" in span.info.features else "")
             output, *_ = await _request(router, leg, terms, "rpc_forward", [hidden], part)
@@ -3053,7 +3036,7 @@ class _Base(_Distributed):
         if session is not None:
             ours = layers.blocks
             if session.blocks != ours or session.router is not layers.router:  # its repr takes a while
-                raise UserError(f"{session!r}: expected one of {layers.extra_repr()}, of this model")
+                raise UserError(f"{session!r}: expected one of {layers!r}, of this model")
             session._start_over_unless(len(hidden))
             past, begins = session.get_seq_length(), not session.position
         left_pad = _left_pad(attention_mask, position_ids, hidden, past)
@@ -3484,11 +3467,8 @@ def clients_lora(metadata: dict, matrices: list[Tensor], places: dict, most: int
     expect(rank <= most, f"LoRA of at most rank {most} (this server's --max_lora_rank)", f"rank {rank}")
     due = [[count, *shape] for name in names for shape in places[name].shapes(rank)]
     fits = shapes == due and all(matrix.dtype == torch.float32 for matrix in matrices)
-    expect(
-        fits and first + count <= len(blocks),
-        f"LoRA's matrices, float32 {due} of {len(blocks)} blocks",
-        shapes,
-    )
+    fits = fits and first + count <= len(blocks)
+    expect(fits, f"LoRA's matrices, float32 {due} of {len(blocks)} blocks", shapes)
     halves = list(zip(names, matrices[::2], matrices[1::2], strict=True))
     parts = [[(name, A[i], B[i], scale) for name, A, B in halves] for i in range(count)]
     return dict(zip(blocks[first:], parts, strict=False))
@@ -3718,8 +3698,8 @@ class Work:
     start: int = 0  # of a step, as are these
     whole: int = 0  # where it ends, with all its pieces
     hypo_ids: Sequence[int] = ()
-    # if its client asks for a trace: when it was submitted, and when each of its passes began and ended
-    moments: list[float] | None = None
+    # for its client's trace: when it was made, and when each of its passes began and ended
+    moments: list[float] = field(default_factory=lambda: [time.perf_counter()])
     # the executor's own
     future: asyncio.Future = field(default_factory=asyncio.Future)  # of the result; wire thread
     done: int = 0  # tokens of each row already computed
@@ -3732,10 +3712,6 @@ class Work:
     @property
     def tokens_left(self) -> int:
         return self.left * len(self.hidden)
-
-    def note_time(self) -> None:
-        if self.moments is not None:
-            self.moments.append(time.perf_counter())
 
     def trace(self) -> dict[str, float]:
         """Seconds that it waited and that its passes took."""
@@ -3843,23 +3819,14 @@ class Executor(threading.Thread):
         """Before a pass: wait a little for the steps that should be here in a moment, going by how long their
         clients took last time. Else clients who come one after the other go on so for ever, in passes of a
         row each, which take hardly less than a pass of several. With the lock."""
-        now = time.perf_counter()
         most = EXPECTED_SHARE * self._pass_seconds
-        deadline = now + most
-        while self._inbox and now < deadline and not self._stopping:
+        deadline = time.perf_counter() + most
+        while self._inbox and (now := time.perf_counter()) < deadline and not self._stopping:
             here = {work.tables for work in self._inbox}
             due = (each.answered + each.away for each in self._served if each not in here)
             if not any(now - most < moment < deadline for moment in due):
                 break
             self._news.wait(deadline - now)
-            now = time.perf_counter()
-
-    def _expect(self, steps: list[Work]) -> None:
-        """After a pass: its clients will be back some time."""
-        now = time.perf_counter()
-        for work in steps:
-            work.tables.answered = now
-            self._served.add(work.tables)
 
     def _finished(self, work: Work) -> None:
         self.steps += 1
@@ -3883,10 +3850,12 @@ class Executor(threading.Thread):
             for some in [[step] for step in steps] if joined is None else [steps]:
                 self._turn(some)  # find out whose fault it is: without the prompt, then each alone
             return
+        now = time.perf_counter()
         if joined is None:
-            self._pass_seconds = time.perf_counter() - began
-        self._expect(steps)
-        for work in steps:
+            self._pass_seconds = now - began
+        for work in steps:  # its client will be back some time
+            work.tables.answered = now
+            self._served.add(work.tables)
             self._finished(work)
 
     def _run_pass(self, steps: list[Work], joined: _Part | None = None) -> None:
@@ -4026,7 +3995,7 @@ class _Part:
             if work.hypo_ids:
                 work.tables.reorder(work.hypo_ids)
             work.output = torch.zeros(work.hidden.shape, dtype=executor.dtype)
-        work.note_time()
+        work.moments.append(time.perf_counter())
         self.work, self.tokens = work, slice(work.done, work.done + portion)
         low, pads = work.start + work.done, work.tables.pads
         own = torch.arange(low, low + portion) - torch.tensor(pads)[:, None]  # a row's own positions
@@ -4064,7 +4033,7 @@ class _Part:
         else:
             output[self.real] = self.x
         self.work.done = self.tokens.stop
-        self.work.note_time()
+        self.work.moments.append(time.perf_counter())
 
 
 # ============================================================================================================
@@ -4197,15 +4166,12 @@ LINGER_SECONDS = 0.05  # between a stream's last message, often an error, and it
 
 Requests, Responses = AsyncIterator[ExpertRequest], AsyncIterator[ExpertResponse]
 _METADATA_CHECKS = (  # what a request may say, and what it must be; all of it may be absent
-    ("session_id step_id push_from keep", _text, "a line of text"),
-    ("points alloc_timeout", _number, "a number, 0 or more"),
-    ("max_length start_from_position whole", _count, "a count of tokens"),
+    ("session_id step_id push_from keep active_adapter", _text, "a line of text"),
+    ("points alloc_timeout lora_scale", _number, "a number, 0 or more"),
+    ("max_length start_from_position whole lora_first", _count, "a whole number, 0 or more"),
     ("output_compression next_servers", _listed, "a list"),
     ("left_pad", lambda value: _listed(value) and all(map(_count, value)), "a list of counts"),
-    ("active_adapter", _text, "a name"),
     ("lora_targets", _texts, "a list of names"),
-    ("lora_scale", _number, "a number, 0 or more"),
-    ("lora_first", _count, "a block's place in the request's"),
 )
 _CHECK_OF = {key: its for keys, *its in _METADATA_CHECKS for key in keys.split()}
 
@@ -4219,6 +4185,16 @@ def checked_metadata(request: ExpertRequest) -> dict:
         check, wanted = _CHECK_OF[key]
         expect(check(metadata[key]), f"{key} to be {wanted}", metadata[key])
     return metadata
+
+
+@contextlib.contextmanager
+def _timer(seconds: float, ring: Callable[[], Any]) -> Iterator[None]:
+    """Call `ring` if what is in here lasts so long: half the work of a task that waits. Wire thread."""
+    timer = asyncio.get_running_loop().call_later(seconds, ring)
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 async def _next_of(requests: Requests) -> tuple[ExpertRequest, dict] | None:
@@ -4256,11 +4232,10 @@ class ServerSession:
         peer, was run before, or is more than can wait has no effect; a push never rewinds. held: bytes that
         wait in all sessions."""
         start = metadata.get("start_from_position", self.position)
+        full = len(self.pushes) >= MAX_PUSHES or held > MAX_PUSH_BYTES
         if self.push_from not in (None, sender.to_base58()):
             logger.info("session %s: dropped a push by %s, not named by its client", self.id[:8], sender)
-        elif self.tables is None or (
-            start != self.position and (len(self.pushes) >= MAX_PUSHES or held > MAX_PUSH_BYTES)
-        ):
+        elif self.tables is None or (full and start != self.position):
             logger.info("session %s: dropped a push, %d are waiting", self.id[:8], len(self.pushes))
         elif metadata.get("step_id") not in self.seen:
             self.pushes[start], self.handed_on[start] = (request, metadata), asyncio.Event()
@@ -4277,12 +4252,8 @@ class ServerSession:
                 return self.pushes.pop(self.position)
             self.news.clear()
             end = min(time.monotonic() + STEP_TIMEOUT, self.deadline)
-            # a timer is half the work of a task that waits
-            timer = asyncio.get_running_loop().call_later(end - time.monotonic() + 0.01, self.news.set)
-            try:
+            with _timer(end - time.monotonic() + 0.01, self.news.set):
                 await self.news.wait()
-            finally:
-                timer.cancel()
             limits = f"a step every {STEP_TIMEOUT:g} s, for at most {SESSION_TIMEOUT:g} s"
             expect(time.monotonic() < end or self.reading.done(), limits, "nothing")
         step, self.reading = self.reading.result(), None
@@ -4375,8 +4346,7 @@ class TransformerConnectionHandler(ServicerBase):
         expect(states <= len(tensors) <= states + 2, wanted, len(tensors))
         hidden, size = tensors[0], self.executor.hidden_size
         for tensor in tensors[:states]:
-            fits = tensor.is_floating_point() and tensor.dim() == 3 and len(tensor)
-            fits = fits and tensor.shape == (*hidden.shape[:2], size)
+            fits = tensor.is_floating_point() and tensor.shape == (*hidden.shape[:2], size) and len(tensor)
             expect(fits, f"hidden states: floats [batch, tokens, {size}]", (list(tensor.shape), tensor.dtype))
         (rows, tokens), count = hidden.shape[:2], len(blocks)
         prompts, hypo_ids, *_ = *tensors[states:], NOTHING, NO_IDS
@@ -4433,16 +4403,6 @@ class TransformerConnectionHandler(ServicerBase):
         finally:
             self.held[kind] -= size
 
-    @staticmethod
-    @contextlib.contextmanager
-    def _ending(seconds: float) -> Iterator[None]:
-        """A stream's limit: a client that reads no answers holds us up where no other one looks."""
-        timer = asyncio.get_running_loop().call_later(seconds, asyncio.current_task().cancel)
-        try:
-            yield
-        finally:
-            timer.cancel()
-
     async def _forward(self, request: ExpertRequest, context: P2PContext) -> ExpertResponse:
         backward, client = "rpc_backward" in context.handle_name, context.remote_id
         blocks, metadata = self._blocks(request.uid), checked_metadata(request)
@@ -4470,7 +4430,8 @@ class TransformerConnectionHandler(ServicerBase):
             with _failing_as(ValueError, wanted, asyncio.TimeoutError):
                 request = await _at_most(REQUEST_TIMEOUT, join_messages(counted()))
             response = await self._forward(request, context)
-            with self._ending(REQUEST_TIMEOUT):
+            # a client that reads no answers holds us up where no other limit looks
+            with _timer(REQUEST_TIMEOUT, asyncio.current_task().cancel):
                 for part in split_message(response):
                     yield part
 
@@ -4525,7 +4486,7 @@ class TransformerConnectionHandler(ServicerBase):
                 pages = await self.pool.take(rows, length, min(patience, STEP_TIMEOUT))
             session.tables = RowTables(self.pool, pages, metadata.get("left_pad", ()))
             del request, metadata
-            with self._ending(SESSION_TIMEOUT + STEP_TIMEOUT):
+            with _timer(SESSION_TIMEOUT + STEP_TIMEOUT, asyncio.current_task().cancel):
                 while step is not None:
                     at = session.position
                     if session.is_new(step[1].get("step_id")):
@@ -4572,12 +4533,11 @@ class TransformerConnectionHandler(ServicerBase):
                 raise AllocationFailed(f"no room for LoRA: {held} bytes of {MAX_LORA_BYTES} in all sessions")
         what = {"tables": session.tables, "lora": session.lora, "own": own}
         work = Work(blocks, hidden, prompts, start=start, whole=whole, hypo_ids=order, **what)
-        work.moments = [time.perf_counter()] if metadata.get("trace") else None
         session.busy = self.executor.submit(work)
         output = await asyncio.shield(session.busy)
         session.move(end)
         response = await self._response([output], metadata)
-        said = work.trace() if work.moments else {}
+        said = work.trace() if metadata.get("trace") else {}
         if session.push_from and "pushed" not in metadata:
             said["pushed"] = False  # the client had to send what it had named another for
         response.metadata = MSGPackSerializer.dumps(said) if said else b""
@@ -4942,12 +4902,9 @@ def _listening(port: int = 0, public_ip: str | None = None, **options: Any) -> d
             raise UserError("--public_ip needs --port: the port under which others reach this machine")
         options["announce_maddrs"] = [f"/ip4/{public_ip}/tcp/{port}"]
     for address in options.setdefault("host_maddrs", [f"/ip4/0.0.0.0/tcp/{port}"]):
-        found = re.match(r"/ip4/([\d.]+)/tcp/(\d+)", address)
-        try:
-            if found:
+        with _failing_as(UserError, f"cannot listen on {address}", OSError, "; choose another --port"):
+            if found := re.match(r"/ip4/([\d.]+)/tcp/(\d+)", address):
                 socket.create_server((found[1], int(found[2]))).close()
-        except OSError as error:
-            raise UserError(f"cannot listen on {address}: {error}; choose another --port") from error
     return options
 
 
@@ -5040,10 +4997,8 @@ def _load_client(name: str, greedy: bool = False, seed: int | None = None, **opt
     model.generation_config.update(**choices)
     if seed is not None:
         torch.manual_seed(seed)
-    try:
+    with _failing_as(UserError, f"{name!r} has no tokenizer that can be read"):
         return model, transformers.AutoTokenizer.from_pretrained(name, **_some(options, HUB))
-    except Exception as error:  # transformers raises many kinds
-        raise UserError(f"{name!r} has no tokenizer that can be read: {_first_line(error)}") from error
 
 
 def _answer(model: Any, tokenizer: Any, ids: Tensor, **options: Any) -> list[int]:

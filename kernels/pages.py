@@ -163,16 +163,8 @@ def _groups(plan: Plan) -> tuple[Group, ...]:
         else:
             found.append([1, new, length, token, first, None, pages])
         token += new
-    device = plan.slots.device
-    return tuple(
-        Group(
-            rows,
-            new,
-            length,
-            at,
-            first or 0,
-            stride or 0,
-            None if first is not None else torch.tensor(ids).to(device),
-        )
-        for rows, new, length, at, first, stride, ids in found
-    )
+    made = []
+    for rows, new, length, at, first, stride, ids in found:
+        gathered = None if first is not None else torch.tensor(ids).to(plan.slots.device)
+        made.append(Group(rows, new, length, at, first or 0, stride or 0, gathered))
+    return tuple(made)
