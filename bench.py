@@ -1351,7 +1351,7 @@ SHORT = {
     startup: dict(repeats=2),
     wan: dict(tokens=12, most=2, prompt=256),
     scale: dict(model="tiny", longest=2048),
-    speculate: dict(repeats=1, tokens=32),
+    speculate: dict(repeats=1),
 }
 COMMANDS = [*SHORT, chaos, soak, chain, kernels, quality, backward, train]
 
