@@ -513,7 +513,7 @@ class ClientConfig:
             setattr(config, name, kwargs.pop(name, getattr(config, name, ours)))
         for name in ("initial_peers", "allowed_servers", "blocked_servers"):
             some = getattr(config, name)
-            some = [some] if isinstance(some, (str, Multiaddr, PeerID)) else some
+            some = [some] if some and isinstance(some, (str, Multiaddr, PeerID)) else some
             setattr(config, name, some if some is None else list(map(str, some)))
         config.initial_peers = config.initial_peers or []
         return config
@@ -656,7 +656,7 @@ NO_IDS = torch.empty(0, dtype=torch.int64)
 HANDLER = "TransformerConnectionHandler"  # the name that every Petals peer calls
 COMPRESSIONS = runtime_pb2.CompressionType.values()
 MAX_TENSORS = 64  # of a request: hidden states, gradient, prompts, ids, two matrices for each LoRA target
-EMPTY_BYTES = 256  # about what a message, or a tensor in it, takes in memory besides its numbers
+EMPTY_BYTES = 256  # about what a message, or a tensor in it, takes in memory besides its bytes on the wire
 WIRE_DTYPES = ("float32", "float16", "bfloat16", "int64")
 
 
@@ -710,10 +710,16 @@ def _size(message) -> int:
     return sum(len(tensor.buffer) for tensor in message.tensors)
 
 
+def _weight(message) -> int:
+    """About the bytes that one of a stream's messages takes in memory; an empty one, too, takes some."""
+    return message.ByteSize() + EMPTY_BYTES * (1 + len(message.tensors))
+
+
 def pack_request(
-    uid: str, tensors: Sequence[Tensor], metadata: dict, compression: int = runtime_pb2.NONE
+    uid: str, tensors: Sequence[Any], metadata: dict, compression: int = runtime_pb2.NONE
 ) -> ExpertRequest:
-    """A request of the given tensors, in order; `args_structure` says that order, as Petals' clients do."""
+    """A request of the given tensors (some may be packed), in order; `args_structure` says that order, as
+    Petals' clients do."""
     metadata = metadata | {"args_structure": (tuple(f"__T{i}".encode() for i in range(len(tensors))), {})}
     packed = (pack(tensor, compression) for tensor in tensors)
     return ExpertRequest(uid=uid, tensors=packed, metadata=MSGPackSerializer.dumps(metadata))
@@ -780,14 +786,15 @@ def split_message(message) -> Iterable[Any]:
 
 
 async def join_messages(messages: AsyncIterator[Any], limit: int = 2**30) -> Any:
-    """The inverse of `split_message`; at most `limit` bytes in all; an empty message has some too."""
+    """The inverse of `split_message`; at most `limit` bytes in all, and MAX_TENSORS."""
     first, parts, total = None, [], 0
     async for message in messages:
-        first, total = first or message, total + _size(message) + EMPTY_BYTES * (1 + len(message.tensors))
+        first, total = first or message, total + _weight(message)
         expect(total <= limit, f"a stream of {limit} bytes at most", f"more than {limit}")
         for part in message.tensors:
             if part.dtype or not parts:  # a part that continues has neither dtype nor size
                 parts.append([])
+                expect(len(parts) <= MAX_TENSORS, f"{MAX_TENSORS} tensors at most", "more")
             parts[-1].append(part)
     expect(first is not None, "a request", "an empty stream")
     return type(first)(tensors=map(combine_from_streaming, parts), **_head(first))
@@ -863,30 +870,36 @@ class Stream:
             raise PeerError(error.message, self.peer)
         return message
 
-    async def converse(self, request: ExpertRequest) -> ExpertResponse:
-        """One large request, and the answer up to the peer's end of the stream."""
+    async def converse(self, request: ExpertRequest, tensors: int) -> ExpertResponse:
+        """One large request, and its answer of so many tensors."""
         for message in split_message(request):
             await self.send(message)
         await self.send(P2P.END_OF_STREAM)
-        return await join_messages(self._until_end())
+        return await join_messages(self._answer(tensors))
 
-    async def _until_end(self) -> AsyncIterator[ExpertResponse]:
+    async def _answer(self, tensors: int) -> AsyncIterator[ExpertResponse]:
+        """Up to its last part: servers of ours linger before the stream's end."""
+        missing = 0  # parts of the latest tensor, the first of which has their number
         try:
-            while True:
-                yield await self.receive(ExpertResponse)
+            while tensors or missing:
+                yield (message := await self.receive(ExpertResponse))
+                for part in message.tensors:
+                    tensors -= bool(part.dtype)
+                    missing = max(1, part.chunks) - 1 if part.dtype else missing - 1
         except PeerError as error:  # that of an answer cut short too: what came of it will not fit its size
             if not isinstance(error.__cause__, asyncio.IncompleteReadError):
                 raise
 
 
 async def call_large(
-    p2p: P2P, peer: PeerID, rpc: str, request, answer: int, timeout: float, watch: Watch
+    p2p: P2P, peer: PeerID, rpc: str, request, answer: int, tensors: int, timeout: float, watch: Watch
 ) -> ExpertResponse:
-    """rpc_forward or rpc_backward, by stream when the request, or the answer of so many bytes, is large."""
+    """rpc_forward or rpc_backward, by stream when the request, or the answer of so many bytes in so many
+    tensors, is large."""
     if max(_size(request), answer) <= STREAM_BYTES:
         return await call(p2p, peer, rpc, request, ExpertResponse, timeout)
     with contextlib.closing(await Stream.open(p2p, peer, f"{rpc}_stream", timeout)) as watch.stream:
-        return await _within(timeout, peer, watch.stream.converse(request))
+        return await _within(timeout, peer, watch.stream.converse(request, tensors))
 
 
 # ============================================================================================================
@@ -1508,9 +1521,9 @@ class Router:
     def _allowed(self, span: Span) -> bool:
         config, peer, quants = self.config, str(span.peer), self.config.allowed_quant_types
         # by peer id only: anybody may take any public name
-        allowed = config.allowed_servers is None or peer in config.allowed_servers
+        allowed = config.allowed_servers is None or peer in map(str, config.allowed_servers)
         allowed = allowed and (quants is None or (span.info.quant_type or "none") in quants)
-        blocked = {peer, span.info.public_name} & set(config.blocked_servers or ())
+        blocked = {peer, span.info.public_name} & set(map(str, config.blocked_servers or ()))
         return bool(allowed and not blocked)
 
     def _offers_all(self, span: Span) -> bool:
@@ -2505,7 +2518,7 @@ class InferenceSession(transformers.Cache):
 
     @property
     def route(self) -> list[Span]:
-        """The servers in use, in order; empty before the first step."""
+        """The servers in use, in order; empty before the first step, and after one that failed."""
         return [hop.span for route in self._routes for hop in route.hops if hop.span is not None]
 
     @property
@@ -2876,7 +2889,7 @@ async def _request(
     size, patience = 4 * sum(tensor.numel() for tensor in due), router.config.request_timeout
     async with router.flight(total):
         watch = Watch(router, span.peer, max(total, size))
-        asked = call_large(router.swarm.p2p, span.peer, rpc, request, size, patience, watch)
+        asked = call_large(router.swarm.p2p, span.peer, rpc, request, size, len(due), patience, watch)
         response = await _watched(watch, asked)
     try:
         answer = await _off_loop(_size(response), lambda: [unpack(tensor) for tensor in response.tensors])
@@ -3726,10 +3739,11 @@ class Work:
 
 
 class Executor(threading.Thread):
-    """Runs whatever waits, in passes. Each pass takes the tokens of all small steps, lays them end to end and
-    runs them through the blocks once; sessions of other spans join and leave on the way. Between passes one
-    block of a long prompt's piece, and one of a forward or backward request, is computed; such a piece also
-    goes some way with each pass that comes by, for then both read a block's weights but once."""
+    """Runs whatever waits, in passes. Each pass takes the tokens of all small steps, or as many as it may
+    (PASS_TOKENS), lays them end to end and runs them through the blocks once; sessions of other spans join
+    and leave on the way. Between passes one block of a long prompt's piece, and one of a forward or backward
+    request, is computed; such a piece also goes some way with each pass that comes by, for then both read a
+    block's weights but once."""
 
     def __init__(self, blocks: dict[int, Block], config: PretrainedConfig, pool: PagePool):
         super().__init__(name="petals-executor", daemon=True)
@@ -4162,7 +4176,7 @@ MAX_HELD_BYTES = 2**30  # of forward and backward requests; and as much of sessi
 MAX_METADATA_BYTES = 2**18
 MAX_LORA_BYTES = 2**30  # of clients' own LoRA, in all sessions together
 REQUEST_TIMEOUT = 3 * 60.0  # seconds in which a streamed request must be here, as in Petals
-LINGER_SECONDS = 0.05  # between a stream's last message, often an error, and its end
+LINGER_SECONDS = 0.05  # between a stream's last message and its end, for which a Petals client waits
 
 Requests, Responses = AsyncIterator[ExpertRequest], AsyncIterator[ExpertResponse]
 _METADATA_CHECKS = (  # what a request may say, and what it must be; all of it may be absent
@@ -4313,8 +4327,8 @@ class TransformerConnectionHandler(ServicerBase):
 
     @staticmethod
     async def _linger(handler: Callable, info: StreamInfo, reader, writer: asyncio.StreamWriter) -> None:
-        later, close = asyncio.get_running_loop().call_later, writer.close
-        writer.close = lambda: later(LINGER_SECONDS, close)
+        later = asyncio.get_running_loop().call_later
+        writer.close = lambda close=writer.transport.close: later(LINGER_SECONDS, close)
         await handler(info, reader, writer)
 
     # ---- checks: everything a stranger sends passes here
@@ -4388,13 +4402,13 @@ class TransformerConnectionHandler(ServicerBase):
     async def rpc_forward(self, request: ExpertRequest, context: P2PContext) -> ExpertResponse:
         """Tensors [hidden, prompts] -> [output]; as rpc_backward [hidden, gradient, prompts] -> the gradients
         of the inputs."""
-        with self._holding(request, "requests"):
+        with self._holding(_size(request), "requests"):
             return await self._forward(request, context)
 
     @contextlib.contextmanager
-    def _holding(self, request: ExpertRequest, kind: str) -> Iterator[None]:
-        """While a request waits, is computed and answered: of each kind there may only be so much."""
-        size, held = _size(request), self.held[kind]
+    def _holding(self, size: int, kind: str) -> Iterator[None]:
+        """While so many bytes wait, are computed and answered: of each kind there may only be so much."""
+        held = self.held[kind]
         if held + size > MAX_HELD_BYTES:
             raise AllocationFailed(f"no room for {size} bytes: {held} of {MAX_HELD_BYTES} are held by {kind}")
         self.held[kind] += size
@@ -4424,7 +4438,7 @@ class TransformerConnectionHandler(ServicerBase):
 
             async def counted() -> Requests:
                 async for message in requests:
-                    held.enter_context(self._holding(message, "requests"))
+                    held.enter_context(self._holding(_weight(message), "requests"))
                     yield message
 
             with _failing_as(ValueError, wanted, asyncio.TimeoutError):
@@ -4482,7 +4496,7 @@ class TransformerConnectionHandler(ServicerBase):
         expect(session.id not in self.sessions, "a session_id of its own", session.id)
         self.sessions[session.id] = session
         try:
-            with self._holding(request, "sessions that wait"):
+            with self._holding(_size(request), "sessions that wait"):
                 pages = await self.pool.take(rows, length, min(patience, STEP_TIMEOUT))
             session.tables = RowTables(self.pool, pages, metadata.get("left_pad", ()))
             del request, metadata
@@ -4902,9 +4916,11 @@ def _listening(port: int = 0, public_ip: str | None = None, **options: Any) -> d
             raise UserError("--public_ip needs --port: the port under which others reach this machine")
         options["announce_maddrs"] = [f"/ip4/{public_ip}/tcp/{port}"]
     for address in options.setdefault("host_maddrs", [f"/ip4/0.0.0.0/tcp/{port}"]):
-        with _failing_as(UserError, f"cannot listen on {address}", OSError, "; choose another --port"):
-            if found := re.match(r"/ip4/([\d.]+)/tcp/(\d+)", address):
-                socket.create_server((found[1], int(found[2]))).close()
+        found = re.match(r"/ip4/([\d.]+)/tcp/(\d+)", address)
+        for each in (int(found[2]), max(0, options.get("direct_port", 0))) if found else ():
+            text = f"cannot listen on {found[1]}, port {each}"
+            with _failing_as(UserError, text, OSError, "; choose another"):
+                socket.create_server((found[1], each)).close()
     return options
 
 

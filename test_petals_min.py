@@ -612,7 +612,7 @@ def no_test_hangs(request):
         raise TimeoutError("hung")
 
     signal.signal(signal.SIGALRM, hung)
-    signal.alarm(15 * 60 if "elsewhere" in request.fixturenames else 180)
+    signal.alarm(15 * 60 if "elsewhere" in inspect.signature(request.function).parameters else 180)
     yield
     signal.alarm(0)
 
@@ -1068,9 +1068,12 @@ def test_large_requests_are_cut_as_petals_cuts_them_and_joined_again():
     assert pm.unpack_metadata(whole) == pm.unpack_metadata(request)
     with pytest.raises(ValueError, match="more than"):
         pm.wire().call(stream(limit=2**22))
-    parts = 1000 * [ExpertRequest(uid="m.0", tensors=[pm.pack(pm.NOTHING)])]  # no bytes, but counted
-    with pytest.raises(ValueError, match="more than"):
-        pm.wire().call(stream(limit=100_000))
+    parts = 50 * [ExpertRequest(uid="m.0", tensors=[runtime_pb2.Tensor()])]  # no numbers, but counted
+    with pytest.raises(ValueError, match="more than 10000"):
+        pm.wire().call(stream(limit=10_000))
+    parts = 65 * [ExpertRequest(uid="m.0", tensors=[pm.pack(pm.NOTHING)])]
+    with pytest.raises(ValueError, match="64 tensors at most"):
+        pm.wire().call(stream())
 
 
 class Cable:
@@ -1320,6 +1323,10 @@ def test_allowed_and_blocked_servers():
     assert used(blocked_servers=["alice"]) == {1, 2}
     for one in (PEERS[1], str(PEERS[1])):
         assert used(allowed_servers=one) == {1} and used(blocked_servers=one) == {0, 2}
+    assert pm.ClientConfig(initial_peers="").attach_to(AutoConfig.for_model("llama"), {}).initial_peers == []
+    router = router_of(table)
+    router.config.blocked_servers = PEERS[:1]  # after it was loaded
+    assert {PEERS.index(span.peer) for span in filter(router._allowed, router.spans)} == {1, 2}
     config = pm.ClientConfig(allowed_servers=PEERS[:1]).attach_to(AutoConfig.for_model("llama"), {})
     assert str(PEERS[0]) in config.to_json_string()
     config.lora_rank = 0  # of no LoRA
@@ -3645,7 +3652,7 @@ def test_what_a_stranger_sends_is_checked(recorded_servers, monkeypatch):
     assert f"no room for {good.nbytes} bytes: 0 of" in refused(40, ask(uid, [good, *absent], terms))
     part, *_ = pm.split_message(ask(uid, [good], {}))  # more than that before the end of its stream
     stranger.send(41, part, "rpc_forward_stream")
-    assert f"no room for {good.nbytes} bytes: 0 of" in str(stranger.receive(41))
+    assert re.search(r"no room for \d+ bytes: 0 of", str(stranger.receive(41)))
     assert stranger.call("rpc_forward", ask(uid, [good[:1]], {})).tensors
     assert set(server.handler.held.values()) == {0}
     huge = runtime_pb2.Tensor(buffer=b"", size=[2**30, 2**20, 32], dtype="float32")
@@ -3656,18 +3663,16 @@ def test_what_a_stranger_sends_is_checked(recorded_servers, monkeypatch):
     free_again(server)
 
 
-def test_a_stream_ends_some_time_after_its_last_message(recorded_servers):
+def test_a_stream_ends_some_time_after_its_last_message(recorded_servers, monkeypatch):
     """hivemind's daemon loses what a stream that is closed at once has said last, one time in a thousand."""
+    monkeypatch.setattr(pm, "LINGER_SECONDS", 0.5)
     server = recorded_servers["0:2"]
     stranger = Stranger(server_addresses(server), str(server.swarm.peer_id))
-    spans = []
-    for number in range(5):
-        stranger.send(number, pm.pack_request("nobody's", [pm.NOTHING], {"max_length": 1}))
-        assert "consecutive blocks" in str(stranger.receive(number))
-        began = time.monotonic()
-        assert stranger.run(stranger.stream(number)[0].read()) == b""
-        spans.append(time.monotonic() - began)
-    assert 0.02 < sorted(spans)[2] < pm.LINGER_SECONDS + 1, spans
+    stranger.send(0, pm.pack_request("nobody's", [pm.NOTHING], {"max_length": 1}))
+    assert "consecutive blocks" in str(stranger.receive(0))
+    began = time.monotonic()
+    assert stranger.run(stranger.stream(0)[0].read()) == b""
+    assert 0.2 < time.monotonic() - began < 5
     stranger.close()
 
 
@@ -3717,8 +3722,10 @@ def test_large_requests_go_by_stream(recorded_servers, tiny, wire_peers, monkeyp
     expected, mask = hidden[:2], torch.full((64, 64), float("-inf")).triu(1)[None, None]
     for layer in tiny.reference.model.layers:
         expected = layer(expected, attention_mask=mask, position_embeddings=rope)
+    monkeypatch.setattr(pm, "LINGER_SECONDS", 20)  # we do not wait for the end of an answer that is complete
+    began = time.monotonic()
     close(model.layers(hidden), expected.repeat(150, 1, 1))
-    assert [call.args[2] for call in opened] == ["rpc_forward_stream"] * 2
+    assert [call.args[2] for call in opened] == ["rpc_forward_stream"] * 2 and time.monotonic() - began < 20
 
 
 def test_a_full_server_lets_one_wait_for_alloc_timeout_and_takes_them_in_turn(tiny, server_of, initial_peers):
@@ -3948,6 +3955,31 @@ def test_libp2p_does_where_a_direct_stream_does_not_come_about(
     assert len(asked) == 1 and "no direct stream to" in caplog.text and "so by libp2p" in caplog.text
     close(model(ids, use_cache=True).logits, crowd.reference(ids).logits)
     mute.close()
+
+
+@pytest.mark.parametrize("silent", [True, False, None])
+def test_a_server_that_is_silent_is_not_tried_by_libp2p_for_long(crowd, initial_peers, monkeypatch, silent):
+    """Where it says nothing at all when asked for a direct stream, it must give a sign of life."""
+    router, tried = another_model(crowd, initial_peers).model.layers.router, []
+
+    async def fails(*_: object) -> None:
+        raise pm.PeerError("no answer", silent=silent)
+
+    async def lives(*_: object) -> None:
+        tried.append("libp2p")
+
+    pm.wire().call(router.refresh())
+    monkeypatch.setattr(pm, "open_direct", fails)
+    monkeypatch.setattr(router, "probe", fails)
+    monkeypatch.setattr(pm.Stream, "open", lives)
+    span = router.spans[0]
+    router.pings[span.peer] = 0.0
+    if silent:
+        with pytest.raises(pm.PeerError, match="no answer"):
+            pm.wire().call(router.stream(span))
+    else:
+        pm.wire().call(router.stream(span))
+    assert bool(tried) == bool(router.indirect) == (not silent)
 
 
 def test_a_server_without_a_direct_port_does_not_offer_one(tiny, server_of, initial_peers):
@@ -5104,6 +5136,7 @@ def test_a_prompt_that_goes_with_anothers_token_computes_what_it_computes_alone(
 @torch.no_grad()
 def test_steps_for_which_a_pass_has_no_room_share_the_next_one(crowd, monkeypatch):
     executor, sizes, layers = crowd.servers[1].executor, [], crowd.model.model.layers[2:]
+    begun = threading.Event()
     for name in ("turn", "piece"):
         monkeypatch.setattr(executor, f"{name}_tokens", 4)
     tokens, block = torch.randn(10, 1, 1, 48), executor.blocks[2]
@@ -5111,6 +5144,7 @@ def test_steps_for_which_a_pass_has_no_room_share_the_next_one(crowd, monkeypatc
 
     def watched(x: torch.Tensor, *more) -> torch.Tensor:
         if not sizes:  # in the first one's pass: go on when all others are there
+            begun.set()
             until(lambda: len(executor._inbox) == 9)
         sizes.append(len(x))
         return block(x, *more)
@@ -5121,8 +5155,11 @@ def test_steps_for_which_a_pass_has_no_room_share_the_next_one(crowd, monkeypatc
             session.step(tokens[0][:, :0])
         monkeypatch.setitem(executor.blocks, 2, watched)
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(10))
-        steps = zip(sessions, tokens, strict=True)
-        outputs = list(pool.map(torch.no_grad()(lambda its: its[0].step(its[1])), steps))
+        steps = [functools.partial(each.step, token) for each, token in zip(sessions, tokens, strict=True)]
+        outputs = [pool.submit(torch.no_grad()(steps[0]))]
+        assert begun.wait(PATIENCE)
+        outputs += [pool.submit(torch.no_grad()(step)) for step in steps[1:]]
+        outputs = [output.result() for output in outputs]
     assert sizes == [1, 4, 4, 1]
     close(torch.cat(outputs), expected)
 
@@ -5618,6 +5655,7 @@ def test_what_cannot_be_is_said_by_a_process_that_leaves_nothing_behind(llama, f
         cases = [
             (["serve", tmp_path / "nothing", "--new_swarm"], "no model at .*nothing"),
             (["serve", llama.path, "--new_swarm", "--port", port], f"{port}.*in use"),
+            (["serve", llama.path, "--new_swarm", "--direct_port", port], f"{port}.*in use"),
             (["serve", llama.path, "--initial_peers", nobody], "none of the initial peers answers.*tcp/1/"),
             (
                 ["generate", llama.path, "--prompt", "w5", *nowhere],
