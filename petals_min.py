@@ -654,7 +654,7 @@ def parse_dtype(dtype: Any) -> torch.dtype | None:
 NOTHING = torch.empty(0)  # on the wire an absent tensor is an empty one
 NO_IDS = torch.empty(0, dtype=torch.int64)
 HANDLER = "TransformerConnectionHandler"  # the name that every Petals peer calls
-COMPRESSIONS = runtime_pb2.CompressionType.values()
+COMPRESSIONS = runtime_pb2.CompressionType.values()  # that an answer may be asked for in
 MAX_TENSORS = 64  # of a request: hidden states, gradient, prompts, ids, two matrices for each LoRA target
 EMPTY_BYTES = 256  # about what a message, or a tensor in it, takes in memory besides its bytes on the wire
 WIRE_DTYPES = ("float32", "float16", "bfloat16", "int64")

@@ -3723,6 +3723,7 @@ def test_large_requests_go_by_stream(recorded_servers, tiny, wire_peers, monkeyp
     for layer in tiny.reference.model.layers:
         expected = layer(expected, attention_mask=mask, position_embeddings=rope)
     monkeypatch.setattr(pm, "LINGER_SECONDS", 20)  # we do not wait for the end of an answer that is complete
+    monkeypatch.setattr(pm, "PART_BYTES", 2**20)  # three parts of each tensor, both ways
     began = time.monotonic()
     close(model.layers(hidden), expected.repeat(150, 1, 1))
     assert [call.args[2] for call in opened] == ["rpc_forward_stream"] * 2 and time.monotonic() - began < 20
