@@ -3727,6 +3727,18 @@ def test_large_requests_go_by_stream(recorded_servers, tiny, wire_peers, monkeyp
     began = time.monotonic()
     close(model.layers(hidden), expected.repeat(150, 1, 1))
     assert [call.args[2] for call in opened] == ["rpc_forward_stream"] * 2 and time.monotonic() - began < 20
+    whole, cut = pm.Stream._answer, []
+
+    async def dies_half_way(stream: pm.Stream, tensors: int) -> AsyncIterator[ExpertResponse]:
+        async for message in whole(stream, tensors):
+            yield message
+            if not cut:
+                cut.append(message)
+                return
+
+    monkeypatch.setattr(pm.Stream, "_answer", dies_half_way)
+    close(model.layers(hidden), expected.repeat(150, 1, 1))
+    assert cut and len(opened) == 5  # the first server was asked once more
 
 
 def test_a_full_server_lets_one_wait_for_alloc_timeout_and_takes_them_in_turn(tiny, server_of, initial_peers):
