@@ -338,6 +338,7 @@ class BlockSpec:
     """One transformer block, as numbers and switches. What is None, 0 or False is absent."""
 
     hidden: int
+    inner: int  # the MLP's width, or an expert's
     heads: int
     kv_heads: int
     head_dim: int
@@ -353,11 +354,24 @@ class BlockSpec:
     window: int | None = None  # sliding attention: a token sees this many tokens, itself included
     experts: int = 0
     top_k: int = 0
+    biased: tuple[str, ...] = ()  # our matrices that have a bias
+    norms: tuple[str, ...] = ("norm1", "norm2")
 
     @property
     def qkv_sizes(self) -> list[int]:
         """How many rows q, k and v have."""
         return [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
+
+    def shapes(self) -> dict[str, list[list[int]]]:
+        """Our weights -> of the tensors that lie end to end in each: [rows, columns], or a norm's [size]."""
+        H, inner = self.hidden, self.inner
+        qkv = [sum(self.qkv_sizes)] if self.fused_qkv else self.qkv_sizes
+        shapes = {name: [[self.head_dim if name in ("q_norm", "k_norm") else H]] for name in self.norms}
+        shapes |= {"qkv": [[rows, H] for rows in qkv], "out": [[H, self.heads * self.head_dim]]}
+        up, down = [[inner, H]] * (1 + self.gated), [[H, inner]]
+        if self.experts:
+            return shapes | {"router": [[self.experts, H]], "experts_up": up, "experts_down": down}
+        return shapes | {"up": up, "down": down}
 
 
 @dataclass(frozen=True)
@@ -373,19 +387,26 @@ class Family:
     aliases: dict[str, str]  # Petals' names of a base model's parts -> transformers'
 
 
-def _spec(config: PretrainedConfig, kv_heads: int, eps: float, act: str, **switches: Any) -> BlockSpec:
+def _spec(config: PretrainedConfig, inner: int, kv_heads: int, eps: float, act: str, **switches: Any):
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return BlockSpec(config.hidden_size, heads, kv_heads, head_dim, eps, act, **switches)
+    return BlockSpec(config.hidden_size, inner, heads, kv_heads, head_dim, eps, act, **switches)
 
 
 def _llama_spec(config: PretrainedConfig, index: int) -> BlockSpec:
+    kind = config.model_type
     slides = getattr(config, "layer_types", None) is None or config.layer_types[index] == "sliding_attention"
-    slides = slides and config.model_type != "llama"  # whatever its config says
-    switches = {"window": getattr(config, "sliding_window", None)} if slides else {}
-    if config.model_type == "mixtral":
+    slides = slides and kind != "llama"  # whatever its config says
+    switches: dict[str, Any] = {"window": getattr(config, "sliding_window", None)} if slides else {}
+    if kind == "mixtral":
         switches |= {"experts": config.num_local_experts, "top_k": config.num_experts_per_tok}
-    return _spec(config, config.num_key_value_heads, config.rms_norm_eps, config.hidden_act, **switches)
+    if kind == "qwen3":
+        switches["norms"] = ("norm1", "norm2", "q_norm", "k_norm")
+    attention = kind in ("llama", "qwen3") and config.attention_bias
+    biased = ("qkv",) * (attention or kind == "qwen2") + ("out",) * attention
+    biased += ("up", "down") * (kind == "llama" and config.mlp_bias)
+    size = config.intermediate_size, config.num_key_value_heads, config.rms_norm_eps, config.hidden_act
+    return _spec(config, *size, biased=biased, **switches)
 
 
 _OLDER = {"rms_norm": False, "fused_qkv": True, "gated": False}  # what Bloom and Falcon have in common
@@ -393,19 +414,25 @@ _OLDER = {"rms_norm": False, "fused_qkv": True, "gated": False}  # what Bloom an
 
 def _bloom_spec(config: PretrainedConfig, index: int) -> BlockSpec:
     size = config.num_attention_heads, config.layer_norm_epsilon, "gelu_pytorch_tanh"
-    norm_residual = config.apply_residual_connection_post_layernorm
-    return _spec(config, *size, rotary=False, alibi="bloom", norm_residual=norm_residual, **_OLDER)
+    switches = {"norm_residual": config.apply_residual_connection_post_layernorm, "biased": ADAPTABLE}
+    return _spec(config, 4 * config.hidden_size, *size, rotary=False, alibi="bloom", **switches, **_OLDER)
 
 
 def _falcon_spec(config: PretrainedConfig, index: int) -> BlockSpec:
     grouped = config.new_decoder_architecture
     others = 1 if config.multi_query else config.num_attention_heads
     size = config.num_kv_heads if grouped else others, config.layer_norm_epsilon, config.activation
-    position = {"rotary": False, "alibi": "falcon"} if config.alibi else {}
-    return _spec(config, *size, parallel=grouped or config.parallel_attn, **position, **_OLDER)
+    switches: dict[str, Any] = {"rotary": False, "alibi": "falcon"} if config.alibi else {}
+    norms = config.num_ln_in_parallel_attn or 1 + grouped
+    if config.parallel_attn and norms == 1:
+        switches["norms"] = ("norm1",)
+    if config.bias:
+        switches["biased"] = ADAPTABLE
+    parallel = grouped or config.parallel_attn
+    return _spec(config, config.ffn_hidden_size, *size, parallel=parallel, **switches, **_OLDER)
 
 
-# Falcon's norms have other names where there are two.
+# Falcon's norms have other names where there are two side by side.
 _NORMS = {"norm1": "input_layernorm|ln_attn", "norm2": "post_attention_layernorm|ln_mlp"}
 _ATTENTION = {"qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "out": "self_attn.o_proj"}
 _ATTENTION |= _NORMS | {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
@@ -459,13 +486,20 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-@_without_collections()
-def bare_block(config: PretrainedConfig) -> nn.Module:
-    """transformers' own block, without memory: it knows the names and sizes."""
-    one, family = copy.copy(config), family_of(config)
-    one.num_hidden_layers = 1
-    with torch.device("meta"):
-        return getattr(getattr(transformers, f"{family.title}Model")(one), family.layers)[0]
+def block_tensors(config: PretrainedConfig, index: int) -> dict[str, list[tuple[str, list[int]]]]:
+    """Our weights -> the checkpoint's tensors that lie in each end to end, as transformers' own block has
+    them: names within the block ("a|b": either), shapes."""
+    spec, names = family_of(config).spec(config, index), family_of(config).names
+    tensors = {}
+    for ours, shapes in spec.shapes().items():
+        experts = spec.experts if ours.startswith("experts") else 1
+        theirs = [part.format(expert=i) for i in range(experts) for part in names[ours].split()]
+        biased = ours in spec.biased or (ours in spec.norms and not spec.rms_norm)
+        for end in (".weight", ".bias")[: 1 + biased]:
+            whole = [name.replace("|", end + "|") + end for name in theirs]
+            sizes = [shape if end == ".weight" else shape[:1] for shape in shapes] * experts
+            tensors[ours + end] = list(zip(whole, sizes, strict=True))
+    return tensors
 
 
 @dataclass
@@ -2675,11 +2709,11 @@ class RemoteSequential(nn.Module):
         self.config, self.blocks = config, range(num_blocks(config))[start_block:end_block]
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         targets, size = lora_targets(config), (num_blocks(config), config.lora_rank)
-        block = bare_block(config) if targets else None
+        shapes = dict(itertools.chain(*block_tensors(config, 0).values()))
         for name, place in targets.items():
-            matrix = block.get_submodule(place)
-            self.lora_A[name] = nn.Parameter(_new_lora("lora_A", (*size, matrix.in_features)))
-            self.lora_B[name] = nn.Parameter(_new_lora("lora_B", (size[0], matrix.out_features, size[1])))
+            N, K = shapes[f"{place}.weight"]
+            self.lora_A[name] = nn.Parameter(_new_lora("lora_A", (*size, K)))
+            self.lora_B[name] = nn.Parameter(_new_lora("lora_B", (size[0], N, size[1])))
         # shared with slices, which are shallow copies
         self._dht, self._opening = dht, threading.Lock()
         self._routers: list[Router] = []  # one, once it is needed
@@ -3326,27 +3360,22 @@ QUANT_TYPES = ("none", "int8", "int4")
 MATRICES = tuple(f"{name}.weight" for name in ("qkv", "out", "up", "down", "experts_up", "experts_down"))
 
 
-def stored_names(checkpoint: Checkpoint, config: PretrainedConfig, index: int) -> dict[str, str]:
-    """A block's tensors: their names within the block -> in the checkpoint. What transformers' block does not
-    have is not the model's. UserError where one is missing or of another size."""
+def stored_names(checkpoint: Checkpoint, config: PretrainedConfig, index: int) -> dict[str, list[str]]:
+    """Our weights of a block -> the checkpoint's tensors that lie in each end to end. What transformers'
+    block does not have is not the model's. UserError where one is missing or of another size."""
     layer = f"{family_of(config).layers}.{index}."
     within = re.compile(rf"(?:model\.|transformer\.)?{re.escape(layer)}(.+)")
     stored = {found[1]: name for name in checkpoint.files if (found := within.fullmatch(name))}
     _require(stored, f"{checkpoint.name!r} holds no block {index} (no tensor named {layer}…)")
-    due = {name: list(tensor.shape) for name, tensor in bare_block(config).state_dict().items()}
-    spec = family_of(config).spec(config, index)
-    if spec.experts:  # transformers holds them in other shapes, under other names
-        due = {name: size for name, size in due.items() if not name.startswith("mlp.")}
-        inner, moe = config.intermediate_size, "block_sparse_moe"
-        sizes = {"w1": [inner, spec.hidden], "w2": [spec.hidden, inner], "w3": [inner, spec.hidden]}
-        each = itertools.product(range(spec.experts), sizes.items())
-        due |= {f"{moe}.experts.{i}.{name}.weight": size for i, (name, size) in each}
-        due[f"{moe}.gate.weight"] = [spec.experts, spec.hidden]
-    for name, size in due.items():
-        _require(name in stored, f"{checkpoint.name!r} lacks {layer}{name}")
-        came = list(checkpoint.shape(stored[name]))
-        _require(came == size, f"{checkpoint.name!r}: {layer}{name} is {came}, the config says {size}")
-    return {name: stored[name] for name in due}
+    result: dict[str, list[str]] = {}
+    for ours, tensors in block_tensors(config, index).items():
+        for name, size in tensors:
+            there = next(filter(stored.get, name.split("|")), None)
+            _require(there, f"{checkpoint.name!r} lacks {layer}{name}")
+            came = list(checkpoint.shape(stored[there]))
+            _require(came == size, f"{checkpoint.name!r}: {layer}{there} is {came}, the config says {size}")
+            result.setdefault(ours, []).append(stored[there])
+    return result
 
 
 def load_block(
@@ -3358,12 +3387,13 @@ def load_block(
     spec, stored = family_of(config).spec(config, index), stored_names(checkpoint, config, index)
     place, weights = None, None
     if kind in QUANT_TYPES[1:]:
-        made_of = checkpoint.origin(stored.values()), sorted(stored.values()), spec, dtype, kind, matmul.CLIPS
+        files = checkpoint.origin(itertools.chain(*stored.values()))
+        made_of = files, stored, spec, dtype, kind, matmul.CLIPS
         digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
         place = cache_folder() / "quantized" / f"{digest}.safetensors"
         weights = _read_codes(place, kind, device)
     if weights is None:
-        weights = _read_weights(checkpoint, spec, family_of(config).names, stored, dtype, device, kind)
+        weights = _read_weights(checkpoint, spec, stored, dtype, device, kind)
         if place:
             _keep_codes(place, weights)
     if torch.device(device).type == "cpu":
@@ -3410,32 +3440,26 @@ def _as_fused(spec: BlockSpec, qkv: Tensor) -> list[Tensor]:
 
 
 def _read_weights(
-    checkpoint: Checkpoint, spec: BlockSpec, ours_theirs: dict, stored: dict, dtype, device, kind: str
+    checkpoint: Checkpoint, spec: BlockSpec, stored: dict[str, list[str]], dtype, device, kind: str
 ) -> dict[str, Tensor | matmul.Weight]:
     """Read one block's `stored` weights, each straight into its place on the device in the target dtype: no
     second copy of one exists there. Each matrix is quantized before the next one is read."""
     weights = {}
-    for (ours, parts), end in itertools.product(ours_theirs.items(), (".weight", ".bias")):
-        experts = spec.experts if ours.startswith("experts") else 0
-        theirs = [part.format(expert=i) for i, part in itertools.product(range(experts or 1), parts.split())]
-        names = [next(filter(stored.get, (n + end for n in name.split("|"))), None) for name in theirs]
-        if None in names:
-            continue
-        shapes = [checkpoint.shape(stored[name]) for name in names]
+    for ours, names in stored.items():
+        shapes = [checkpoint.shape(name) for name in names]
         rows = [shape[0] for shape in shapes]
         whole = torch.empty(sum(rows), *shapes[0][1:], dtype=dtype, device=device)
-        places, sources = whole.split(rows), (checkpoint.read(stored[name]) for name in names)
-        if ours == "qkv" and spec.fused_qkv:
+        places, sources = whole.split(rows), map(checkpoint.read, names)
+        if ours.startswith("qkv") and spec.fused_qkv:
             places = _as_fused(spec, whole)
             sources = next(sources).split([len(place) for place in places])
         for place, source in zip(places, sources, strict=True):
             plain = source.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-            text = f"{checkpoint.name!r}: {source.dtype} weights in {stored[names[0]]}, expected plain floats"
+            text = f"{checkpoint.name!r}: {source.dtype} weights in {names[0]}, expected plain floats"
             _require(plain, text)
             place.copy_(source)
-        whole = whole.unflatten(0, (experts, -1)) if experts else whole
-        quantize = kind != "none" and ours + end in MATRICES
-        weights[ours + end] = matmul.quantize(whole, kind) if quantize else whole
+        whole = whole.unflatten(0, (spec.experts, -1)) if ours.startswith("experts") else whole
+        weights[ours] = matmul.quantize(whole, kind) if kind != "none" and ours in MATRICES else whole
     return weights
 
 
@@ -4681,8 +4705,8 @@ class Server:
     def _as_many_as_fit(self) -> int:
         """How many blocks, each with its cache, free memory holds beside one that is being quantized. A tenth
         of it is left to activations."""
-        stored, size = stored_names(self.checkpoint, self.config, 0).values(), self.dtype.itemsize
-        count = sum(math.prod(self.checkpoint.shape(name)) for name in stored)
+        tensors, size = block_tensors(self.config, 0).values(), self.dtype.itemsize
+        count = sum(math.prod(shape) for _, shape in itertools.chain(*tensors))
         weights = count * matmul.BYTES.get(self.kind, size)
         spec = family_of(self.config).spec(self.config, 0)
         cache = 2 * self.attn_cache_tokens * spec.kv_heads * spec.head_dim * size

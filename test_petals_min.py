@@ -2488,6 +2488,32 @@ def test_rotary_embeddings_that_depend_on_the_length(kind, server_of, initial_pe
         close(more.logits[-1], expected.logits[-1])
 
 
+BLOCK_VARIANTS = [
+    *((family, {}) for family in FAMILIES),
+    ("llama", {"attention_bias": True}),
+    ("llama", {"mlp_bias": True, "attention_bias": True}),
+    ("mistral", {"attention_bias": True, "mlp_bias": True}),  # which it does not know
+    ("qwen3", {"attention_bias": True}),
+    ("falcon-7b", {"bias": True, "multi_query": False, "ffn_hidden_size": 100}),
+    ("falcon-40b", {"num_ln_in_parallel_attn": 1}),
+    ("falcon-40b", {"num_ln_in_parallel_attn": 2, "bias": True}),
+    ("falcon-rw", {"parallel_attn": True}),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}),
+]
+
+
+@pytest.mark.parametrize("family, changes", BLOCK_VARIANTS)
+def test_a_block_has_the_tensors_that_transformers_saves(family, changes, tmp_path):
+    """These and no others, in their sizes, whatever the config's switches."""
+    reference = make_model(family, **changes)
+    checkpoint = pm.Checkpoint(save(reference, tmp_path))
+    layer = f"{pm.family_of(reference.config).layers}.1."
+    saved = {name: list(checkpoint.shape(name)) for name in checkpoint.files if f".{layer}" in f".{name}"}
+    names = itertools.chain(*pm.stored_names(checkpoint, reference.config, 1).values())
+    pairs = itertools.chain(*pm.block_tensors(reference.config, 1).values())
+    assert dict(zip(names, (size for _, size in pairs), strict=True)) == saved
+
+
 def test_what_a_config_and_a_checkpoint_have_beside_the_model(llama, tmp_path):
     """transformers' classes decide what a block has, not what lies there: a window that Llama does not know,
     a weight too many, one too few, one of another size."""
