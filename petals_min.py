@@ -1299,9 +1299,15 @@ class Swarm:
             await _gather_quietly(*map(self.node.protocol.call_ping, {*self.bootstrap, *others}))
 
     async def store(self, keys: list[str], values: list, subkeys: list[str], seconds: float) -> int:
-        """Publish for so many seconds; how many keys were taken by at least one peer."""
-        done = await self.node.store_many(keys, values, get_dht_time() + seconds, subkeys)
-        return sum(map(bool, done.values()))
+        """Publish for so many seconds; how many keys were taken by at least one other peer, if there is
+        any. hivemind counts what our own node stores, which nobody finds while it is busy."""
+        end, own = get_dht_time() + seconds, self.node.protocol
+        alone = not (self.bootstrap or own.routing_table.uid_to_peer_id)
+        for key, value, subkey in zip(keys, values, subkeys, strict=True):
+            packed = own.serializer.dumps(value)
+            own.storage.store(DHTID.generate(source=key), packed, end, subkey=subkey)
+        done = await self.node.store_many(keys, values, end, subkeys, exclude_self=True)
+        return len(keys) if alone else sum(map(bool, done.values()))
 
     async def ping(self, peer: PeerID, timeout: float = 2) -> float:
         """Round trip in seconds by the DHT's own ping; infinity without an answer. A peer behind a relay that

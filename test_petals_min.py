@@ -5637,6 +5637,39 @@ def test_a_server_announces_again_at_once_what_the_directory_did_not_take(crowd,
     assert said == [pm.JOINING, pm.ONLINE, pm.ONLINE] and server.announced
 
 
+def test_what_a_server_keeps_to_itself_is_not_announced(tmp_path):
+    """hivemind counts a record that only its own node stores; others found it while that one answered."""
+    seconds, uids = 60, pm.block_uids("alone-hf", 0, 3)
+    with Process(tmp_path, "dht", "--host_maddrs", "/ip4/127.0.0.1/tcp/0", forked=True) as peer:
+        peers = peer.hello()["initial_peers"]
+        swarm, reader = (pm.wire().call(pm.Swarm.join(peers, client_mode=c)) for c in (False, True))
+        try:
+            info = pm.ServerInfo(pm.ONLINE, 1.0, 0, 3)
+            publish = lambda: pm.wire().call(pm.announce(swarm, "alone-hf", range(3), info, seconds))  # noqa: E731
+            family = peer.family()
+            for pid in family:
+                os.kill(pid, signal.SIGSTOP)
+            try:
+                assert publish() == 0
+            finally:
+                for pid in family:
+                    os.kill(pid, signal.SIGCONT)
+            pm.wire().call(swarm.rejoin())
+            assert publish() == 3
+            pm.wire().call(swarm.leave())
+            found = pm.wire().call(reader.get(uids))  # from the one that took them
+            assert all(str(swarm.peer_id) in found[uid] for uid in uids)
+        finally:
+            for each in (swarm, reader):
+                pm.wire().call(each.leave())
+    first = pm.wire().call(pm.Swarm.join([]))  # whoever starts a swarm has nobody to tell
+    try:
+        assert pm.wire().call(pm.announce(first, "alone-hf", range(3), info, seconds)) == 3
+        assert pm.wire().call(first.get(uids[:1]))[uids[0]]
+    finally:
+        pm.wire().call(first.leave())
+
+
 @pytest.fixture
 def main(capfd, monkeypatch):
     """The command line in this process: main(argument, …) -> (exit code, stderr). For what ends at once."""
