@@ -363,7 +363,8 @@ class BlockSpec:
         return [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
 
     def shapes(self) -> dict[str, list[list[int]]]:
-        """Our weights -> of the tensors that lie end to end in each: [rows, columns], or a norm's [size]."""
+        """Our weights -> of the tensors that lie end to end in each (of one expert): [rows, columns], or a
+        norm's [size]."""
         H, inner = self.hidden, self.inner
         qkv = [sum(self.qkv_sizes)] if self.fused_qkv else self.qkv_sizes
         shapes = {name: [[self.head_dim if name in ("q_norm", "k_norm") else H]] for name in self.norms}
@@ -377,7 +378,7 @@ class BlockSpec:
 @dataclass(frozen=True)
 class Family:
     """A model type. `names`: our weights -> the checkpoint's, relative to a block. Several lie end to end
-    ("a b"), or are alternatives ("a|b")."""
+    ("a b"); a norm may have another name in a parallel block of two norms ("a|b")."""
 
     title: str  # transformers' class prefix: "Llama" of LlamaForCausalLM
     spec: Callable[[PretrainedConfig, int], BlockSpec]  # config, block index -> spec
@@ -387,7 +388,9 @@ class Family:
     aliases: dict[str, str]  # Petals' names of a base model's parts -> transformers'
 
 
-def _spec(config: PretrainedConfig, inner: int, kv_heads: int, eps: float, act: str, **switches: Any):
+def _spec(
+    config: PretrainedConfig, inner: int, kv_heads: int, eps: float, act: str, **switches: Any
+) -> BlockSpec:
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return BlockSpec(config.hidden_size, inner, heads, kv_heads, head_dim, eps, act, **switches)
@@ -402,19 +405,22 @@ def _llama_spec(config: PretrainedConfig, index: int) -> BlockSpec:
         switches |= {"experts": config.num_local_experts, "top_k": config.num_experts_per_tok}
     if kind == "qwen3":
         switches["norms"] = ("norm1", "norm2", "q_norm", "k_norm")
-    attention = kind in ("llama", "qwen3") and config.attention_bias
-    biased = ("qkv",) * (attention or kind == "qwen2") + ("out",) * attention
-    biased += ("up", "down") * (kind == "llama" and config.mlp_bias)
+    biased: tuple[str, ...] = ("qkv",) if kind == "qwen2" else ()
+    if kind in ("llama", "qwen3") and config.attention_bias:
+        biased = "qkv", "out"
+    if kind == "llama" and config.mlp_bias:
+        biased += "up", "down"
     size = config.intermediate_size, config.num_key_value_heads, config.rms_norm_eps, config.hidden_act
     return _spec(config, *size, biased=biased, **switches)
 
 
+_ALL = "qkv", "out", "up", "down"
 _OLDER = {"rms_norm": False, "fused_qkv": True, "gated": False}  # what Bloom and Falcon have in common
 
 
 def _bloom_spec(config: PretrainedConfig, index: int) -> BlockSpec:
     size = config.num_attention_heads, config.layer_norm_epsilon, "gelu_pytorch_tanh"
-    switches = {"norm_residual": config.apply_residual_connection_post_layernorm, "biased": ADAPTABLE}
+    switches = {"norm_residual": config.apply_residual_connection_post_layernorm, "biased": _ALL}
     return _spec(config, 4 * config.hidden_size, *size, rotary=False, alibi="bloom", **switches, **_OLDER)
 
 
@@ -423,16 +429,15 @@ def _falcon_spec(config: PretrainedConfig, index: int) -> BlockSpec:
     others = 1 if config.multi_query else config.num_attention_heads
     size = config.num_kv_heads if grouped else others, config.layer_norm_epsilon, config.activation
     switches: dict[str, Any] = {"rotary": False, "alibi": "falcon"} if config.alibi else {}
-    norms = config.num_ln_in_parallel_attn or 1 + grouped
-    if config.parallel_attn and norms == 1:
+    side_by_side = config.num_ln_in_parallel_attn or (2 if grouped else 1)
+    if config.parallel_attn and side_by_side != 2:
         switches["norms"] = ("norm1",)
     if config.bias:
-        switches["biased"] = ADAPTABLE
+        switches["biased"] = _ALL
     parallel = grouped or config.parallel_attn
     return _spec(config, config.ffn_hidden_size, *size, parallel=parallel, **switches, **_OLDER)
 
 
-# Falcon's norms have other names where there are two side by side.
 _NORMS = {"norm1": "input_layernorm|ln_attn", "norm2": "post_attention_layernorm|ln_mlp"}
 _ATTENTION = {"qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "out": "self_attn.o_proj"}
 _ATTENTION |= _NORMS | {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
@@ -442,7 +447,7 @@ _EXPERTS = {"experts_up": f"{_EXPERT}.w1 {_EXPERT}.w3", "experts_down": f"{_EXPE
 _MIXTRAL_NAMES = _ATTENTION | _EXPERTS | {"router": "block_sparse_moe.gate"}
 _OLDER_NAMES = _NORMS | {"qkv": "self_attention.query_key_value", "out": "self_attention.dense"}
 _OLDER_NAMES |= {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
-ADAPTABLE = "qkv", "out", "up", "down"  # the matrices to which LoRA may add; experts are not among them
+ADAPTABLE = _ALL  # the matrices to which LoRA may add; experts are not among them
 
 
 # The last two fields of a family, layers and aliases.
@@ -488,17 +493,18 @@ def _without_collections() -> Iterator[None]:
 
 def block_tensors(config: PretrainedConfig, index: int) -> dict[str, list[tuple[str, list[int]]]]:
     """Our weights -> the checkpoint's tensors that lie in each end to end, as transformers' own block has
-    them: names within the block ("a|b": either), shapes."""
+    them: names within the block, shapes."""
     spec, names = family_of(config).spec(config, index), family_of(config).names
-    tensors = {}
+    tensors, beside = {}, spec.parallel and "norm2" in spec.norms
     for ours, shapes in spec.shapes().items():
         experts = spec.experts if ours.startswith("experts") else 1
         theirs = [part.format(expert=i) for i in range(experts) for part in names[ours].split()]
         biased = ours in spec.biased or (ours in spec.norms and not spec.rms_norm)
-        for end in (".weight", ".bias")[: 1 + biased]:
-            whole = [name.replace("|", end + "|") + end for name in theirs]
-            sizes = [shape if end == ".weight" else shape[:1] for shape in shapes] * experts
-            tensors[ours + end] = list(zip(whole, sizes, strict=True))
+        theirs = [name.split("|")[-1 if beside else 0] for name in theirs]
+        sized = list(zip(theirs, shapes * experts, strict=True))
+        tensors[f"{ours}.weight"] = [(f"{name}.weight", shape) for name, shape in sized]
+        if biased:
+            tensors[f"{ours}.bias"] = [(f"{name}.bias", shape[:1]) for name, shape in sized]
     return tensors
 
 
@@ -1299,14 +1305,15 @@ class Swarm:
             await _gather_quietly(*map(self.node.protocol.call_ping, {*self.bootstrap, *others}))
 
     async def store(self, keys: list[str], values: list, subkeys: list[str], seconds: float) -> int:
-        """Publish for so many seconds; how many keys were taken by at least one other peer, if there is
-        any. hivemind counts what our own node stores, which nobody finds while it is busy."""
+        """Publish for so many seconds; how many keys the last other peer to answer took (all, where there is
+        nobody else). Our own node has them, too, but nobody finds them there alone while it is busy."""
         end, own = get_dht_time() + seconds, self.node.protocol
         alone = not (self.bootstrap or own.routing_table.uid_to_peer_id)
+        done = await self.node.store_many(keys, values, end, subkeys, exclude_self=True)
+        # then ourselves: hivemind hands what lies here to a peer that it meets, which would refuse it again
         for key, value, subkey in zip(keys, values, subkeys, strict=True):
             packed = own.serializer.dumps(value)
             own.storage.store(DHTID.generate(source=key), packed, end, subkey=subkey)
-        done = await self.node.store_many(keys, values, end, subkeys, exclude_self=True)
         return len(keys) if alone else sum(map(bool, done.values()))
 
     async def ping(self, peer: PeerID, timeout: float = 2) -> float:
@@ -2717,9 +2724,9 @@ class RemoteSequential(nn.Module):
         targets, size = lora_targets(config), (num_blocks(config), config.lora_rank)
         shapes = dict(itertools.chain(*block_tensors(config, 0).values()))
         for name, place in targets.items():
-            N, K = shapes[f"{place}.weight"]
-            self.lora_A[name] = nn.Parameter(_new_lora("lora_A", (*size, K)))
-            self.lora_B[name] = nn.Parameter(_new_lora("lora_B", (size[0], N, size[1])))
+            rows, columns = shapes[f"{place}.weight"]
+            self.lora_A[name] = nn.Parameter(_new_lora("lora_A", (*size, columns)))
+            self.lora_B[name] = nn.Parameter(_new_lora("lora_B", (size[0], rows, size[1])))
         # shared with slices, which are shallow copies
         self._dht, self._opening = dht, threading.Lock()
         self._routers: list[Router] = []  # one, once it is needed
@@ -3373,14 +3380,13 @@ def stored_names(checkpoint: Checkpoint, config: PretrainedConfig, index: int) -
     within = re.compile(rf"(?:model\.|transformer\.)?{re.escape(layer)}(.+)")
     stored = {found[1]: name for name in checkpoint.files if (found := within.fullmatch(name))}
     _require(stored, f"{checkpoint.name!r} holds no block {index} (no tensor named {layer}…)")
-    result: dict[str, list[str]] = {}
+    result = {}
     for ours, tensors in block_tensors(config, index).items():
         for name, size in tensors:
-            there = next(filter(stored.get, name.split("|")), None)
-            _require(there, f"{checkpoint.name!r} lacks {layer}{name}")
-            came = list(checkpoint.shape(stored[there]))
-            _require(came == size, f"{checkpoint.name!r}: {layer}{there} is {came}, the config says {size}")
-            result.setdefault(ours, []).append(stored[there])
+            _require(name in stored, f"{checkpoint.name!r} lacks {layer}{name}")
+            came = list(checkpoint.shape(stored[name]))
+            _require(came == size, f"{checkpoint.name!r}: {layer}{name} is {came}, the config says {size}")
+        result[ours] = [stored[name] for name, _ in tensors]
     return result
 
 

@@ -2515,8 +2515,8 @@ def test_a_block_has_the_tensors_that_transformers_saves(family, changes, tmp_pa
 
 
 def test_what_a_config_and_a_checkpoint_have_beside_the_model(llama, tmp_path):
-    """transformers' classes decide what a block has, not what lies there: a window that Llama does not know,
-    a weight too many, one too few, one of another size."""
+    """The config decides what a block has, not what lies there: a window that Llama does not know, a weight
+    too many, one too few, one of another size; of Falcon's norms those that its config names."""
     config, weights = copy.deepcopy(llama.reference.config), llama.reference.state_dict()
     config.sliding_window, config.num_local_experts = 8, 4
     norm_, down = "model.layers.1.post_attention_layernorm.weight", "model.layers.1.mlp.down_proj"
@@ -2534,7 +2534,7 @@ def test_what_a_config_and_a_checkpoint_have_beside_the_model(llama, tmp_path):
     assert block.weights.keys() == {
         f"{name}.weight" for name in ("norm1", "norm2", "qkv", "out", "up", "down")
     }
-    with pytest.raises(pm.UserError, match="lacks layers.1.post_attention_layernorm.weight"):
+    with pytest.raises(pm.UserError, match="lacks layers.1.post_attention_layernorm.weight$"):
         load(**{norm_: None})
     with pytest.raises(pm.UserError, match=r"down_proj.weight is \[48, 79\], the config says \[48, 80\]"):
         load(**{f"{down}.weight": torch.ones(48, 79)})
@@ -2544,8 +2544,14 @@ def test_what_a_config_and_a_checkpoint_have_beside_the_model(llama, tmp_path):
         save(reference, tmp_path / family)
         weights = load_file(tmp_path / family / "model.safetensors")
         load(reference.config)
-        with pytest.raises(pm.UserError, match=f"lacks {name.removeprefix('model.')}"):
+        with pytest.raises(pm.UserError, match=f"lacks {name.removeprefix('model.')}$"):
             load(reference.config, **{name: None})
+    reference = make_model("falcon-40b")
+    weights, name = reference.state_dict(), "transformer.h.1.ln_attn.weight"
+    block = load(reference.config, **{"transformer.h.1.input_layernorm.weight": torch.full((48,), 7.0)})
+    assert torch.equal(block.weights["norm1.weight"], weights[name])
+    with pytest.raises(pm.UserError, match=r"lacks h.1.ln_attn.weight$"):
+        load(reference.config, **{name: None, "transformer.h.1.input_layernorm.weight": torch.ones(48)})
 
 
 def test_a_client_does_not_make_up_what_a_checkpoint_lacks(llama, tmp_path):
@@ -5638,15 +5644,24 @@ def test_a_server_announces_again_at_once_what_the_directory_did_not_take(crowd,
 
 
 def test_what_a_server_keeps_to_itself_is_not_announced(tmp_path):
-    """hivemind counts a record that only its own node stores; others found it while that one answered."""
-    seconds, uids = 60, pm.block_uids("alone-hf", 0, 3)
+    """hivemind counts a record that only its own node stores; others found it while that one answered. What a
+    peer takes counts, also of one that is met on the way and gets from us what it lacks."""
+    seconds, count, uids = 60, 30, pm.block_uids("alone-hf", 0, 30)
     with Process(tmp_path, "dht", "--host_maddrs", "/ip4/127.0.0.1/tcp/0", forked=True) as peer:
         peers = peer.hello()["initial_peers"]
         swarm, reader = (pm.wire().call(pm.Swarm.join(peers, client_mode=c)) for c in (False, True))
+        others: list[pm.Swarm] = []
+
+        async def forget(node) -> None:
+            if node in swarm.node.protocol.routing_table:
+                del swarm.node.protocol.routing_table[node]
+
         try:
-            info = pm.ServerInfo(pm.ONLINE, 1.0, 0, 3)
-            publish = lambda: pm.wire().call(pm.announce(swarm, "alone-hf", range(3), info, seconds))  # noqa: E731
-            family = peer.family()
+            family, info = peer.family(), pm.ServerInfo(pm.ONLINE, 1.0, 0, count)
+
+            def publish() -> int:
+                return pm.wire().call(pm.announce(swarm, "alone-hf", range(count), info, seconds))
+
             for pid in family:
                 os.kill(pid, signal.SIGSTOP)
             try:
@@ -5655,16 +5670,19 @@ def test_what_a_server_keeps_to_itself_is_not_announced(tmp_path):
                 for pid in family:
                     os.kill(pid, signal.SIGCONT)
             pm.wire().call(swarm.rejoin())
-            assert publish() == 3
+            assert publish() == count
+            others.append(pm.wire().call(pm.Swarm.join(peers)))
+            pm.wire().call(forget(others[-1].node.node_id))
+            assert publish() == count
             pm.wire().call(swarm.leave())
             found = pm.wire().call(reader.get(uids))  # from the one that took them
             assert all(str(swarm.peer_id) in found[uid] for uid in uids)
         finally:
-            for each in (swarm, reader):
+            for each in (swarm, reader, *others):
                 pm.wire().call(each.leave())
     first = pm.wire().call(pm.Swarm.join([]))  # whoever starts a swarm has nobody to tell
     try:
-        assert pm.wire().call(pm.announce(first, "alone-hf", range(3), info, seconds)) == 3
+        assert pm.wire().call(pm.announce(first, "alone-hf", range(count), info, seconds)) == count
         assert pm.wire().call(first.get(uids[:1]))[uids[0]]
     finally:
         pm.wire().call(first.leave())
