@@ -595,28 +595,34 @@ def speculate(model: str | None = None, repeats: int = 3, tokens: int = 64) -> l
 # ============================================================================================================
 
 
-def growth_with_context(name: str, longest: int, steps: int = 12) -> Row:
+def growth_with_context(name: str, longest: int, steps: int = 12, repeats: int = 7) -> Row:
     """How the time of a step grows with the context, over how the bytes that it reads grow: weights, keys and
-    values."""
-    reference, found = alone(name), {}
+    values. The shortest and the longest context in turn."""
+    reference, shortest = alone(name), 128
     config, weights = reference.config, sum(w.nbytes for w in reference.model.layers.parameters())
     cached = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # per token
+
+    def token(session: pm.InferenceSession, length: int) -> float:
+        """Seconds of a step after `length` tokens."""
+        while session.position < length:
+            more = min(512, length - session.position)
+            session.step(torch.randn(1, more, config.hidden_size))
+        x = torch.randn(1, 1, config.hidden_size)
+        took = statistics.median(seconds(session.step, x) for _ in range(steps))
+        session.position = length
+        return took
+
     with servers(name, 2, "--inference_max_length", 16384) as swarm:
-        model = swarm.client()
-        with model.remote.inference_session(max_length=longest + steps) as session:
-            for length in [128 << i for i in range(20) if 128 << i <= longest]:
-                while session.position < length:
-                    more = min(512, length - session.position)
-                    session.step(torch.randn(1, more, config.hidden_size))
-                x = torch.randn(1, 1, config.hidden_size)
-                found[length] = statistics.median(seconds(session.step, x) for _ in range(steps))
-                session.position = length
-                print(f"context {length:5}: {1e3 * found[length]:.2f} ms a token, "
+        session = swarm.client().remote.inference_session
+        with session(max_length=shortest + steps) as short, session(max_length=longest + steps) as long:
+            for length in [shortest << i for i in range(20) if shortest << i <= longest]:
+                print(f"context {length:5}: {1e3 * token(long, length):.2f} ms a token, "
                       f"{(weights + cached * length) / 1e6:.0f} MB read", flush=True)  # fmt: skip
-    read = (weights + cached * longest) / (weights + cached * 128)
-    grown = found[longest] / found[128]
-    return Row(f"{name}, context 128 to {longest}: growth of a token's time over that of the bytes read",
-               [grown / read], 1.0)  # fmt: skip
+            took = in_turn(repeats, short=lambda: token(short, shortest), long=lambda: token(long, longest))
+    read = (weights + cached * longest) / (weights + cached * shortest)
+    grown = [growth / read for growth in quotients(took["long"], took["short"])]
+    what = f"{name}, context {shortest} to {longest}: growth of a token's time over that of the bytes read"
+    return Row(what, grown, 1.0)
 
 
 def growth_with_sessions(steps: int = 20) -> tuple[Row, dict]:

@@ -7037,6 +7037,23 @@ def test_attention_on_the_cpu_is_the_reference(N, K, dtype):
                     assert worst(got, want) < TOLERANCE[dtype], (shape, fragmented, window)
 
 
+@pytest.mark.parametrize("D", [16, 128])
+@pytest.mark.parametrize("N, K", HEADS)
+def test_single_tokens_with_many_keys_are_the_reference(N, K, D, monkeypatch):
+    """By two matrix products a row, where PyTorch's own operator is slower."""
+    monkeypatch.setattr(attention, "MANY_KEYS", 0)
+    monkeypatch.setattr(attention, "sdpa", None)
+    for fragmented, length in itertools.product((False, True), (1, 17, 987)):
+        for window, slopes in ((None, None), (16, None), (None, alibi(N).bfloat16()), (300, alibi(N))):
+            shape = [(1, length)] * 2
+            q, k, v, *rows = cache(shape, N, K, D, torch.float32, fragmented=fragmented)
+            want = attention.reference(q, k, v, *rows, scale=0.25, slopes=slopes, window=window)
+            for keys, values in ((k, v), (heads_together(k), heads_together(v))):
+                plan = attention.plan(*rows, PAGE)
+                got = attention.attend(q, keys, values, plan, scale=0.25, slopes=slopes, window=window)
+                assert worst(got, want) < TOLERANCE[torch.float32], (fragmented, length, window)
+
+
 def test_the_wrappers_say_what_does_not_fit():
     """What a kernel would read beyond its end, or take for another type."""
     q, k, v, *rows = cache([(2, 18)], 4, 2, 16, torch.float32)
