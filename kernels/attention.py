@@ -84,7 +84,7 @@ def _attend_group(q, k_pages, v_pages, plan, group, scale, slopes, window):
         keys, values = view(k_pages, group, low, S), view(v_pages, group, low, S)
         mask = None if slopes is None else _mask(plan, Q, low, S, S - 1, G, scale, slopes, window, q)
         q = q.reshape(B, K, G, D)
-        if keys[0].numel() < MANY_KEYS or q.dtype != torch.float32:
+        if q.is_cuda or q.dtype != torch.float32 or keys[0].numel() < MANY_KEYS:
             return sdpa(q, keys, values, attn_mask=mask, scale=scale).reshape(T, N, D)
         rows = [_of_a_token(*row, mask, scale) for row in zip(q, keys, values, strict=True)]
         return torch.cat(rows).reshape(T, N, D)
