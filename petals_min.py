@@ -414,13 +414,13 @@ def _llama_spec(config: PretrainedConfig, index: int) -> BlockSpec:
     return _spec(config, *size, biased=biased, **switches)
 
 
-_ALL = "qkv", "out", "up", "down"
+DENSE = "qkv", "out", "up", "down"  # a block's matrices but those of experts: LoRA may add to these
 _OLDER = {"rms_norm": False, "fused_qkv": True, "gated": False}  # what Bloom and Falcon have in common
 
 
 def _bloom_spec(config: PretrainedConfig, index: int) -> BlockSpec:
     size = config.num_attention_heads, config.layer_norm_epsilon, "gelu_pytorch_tanh"
-    switches = {"norm_residual": config.apply_residual_connection_post_layernorm, "biased": _ALL}
+    switches = {"norm_residual": config.apply_residual_connection_post_layernorm, "biased": DENSE}
     return _spec(config, 4 * config.hidden_size, *size, rotary=False, alibi="bloom", **switches, **_OLDER)
 
 
@@ -433,7 +433,7 @@ def _falcon_spec(config: PretrainedConfig, index: int) -> BlockSpec:
     if config.parallel_attn and side_by_side != 2:
         switches["norms"] = ("norm1",)
     if config.bias:
-        switches["biased"] = _ALL
+        switches["biased"] = DENSE
     parallel = grouped or config.parallel_attn
     return _spec(config, config.ffn_hidden_size, *size, parallel=parallel, **switches, **_OLDER)
 
@@ -447,7 +447,6 @@ _EXPERTS = {"experts_up": f"{_EXPERT}.w1 {_EXPERT}.w3", "experts_down": f"{_EXPE
 _MIXTRAL_NAMES = _ATTENTION | _EXPERTS | {"router": "block_sparse_moe.gate"}
 _OLDER_NAMES = _NORMS | {"qkv": "self_attention.query_key_value", "out": "self_attention.dense"}
 _OLDER_NAMES |= {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
-ADAPTABLE = _ALL  # the matrices to which LoRA may add; experts are not among them
 
 
 # The last two fields of a family, layers and aliases.
@@ -477,18 +476,6 @@ def default_prefix(config: PretrainedConfig, model_name: str) -> str:
     last = full.split("/")[-1]
     prefix = family_of(config).prefix.format(full=full, last=last, hf=last.removesuffix("-hf") + "-hf")
     return re.sub(r"[.\s]", "-", prefix)
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """For transformers' imports, which leave no garbage."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def block_tensors(config: PretrainedConfig, index: int) -> dict[str, list[tuple[str, list[int]]]]:
@@ -564,7 +551,7 @@ def lora_targets(config: PretrainedConfig) -> dict[str, str]:
     if config.tuning_mode != "lora":
         return {}
     names = family_of(config).names
-    known = [name for ours in ADAPTABLE for name in names.get(ours, "").split()]
+    known = [name for ours in DENSE for name in names.get(ours, "").split()]
     wanted = config.lora_targets or names["qkv"].split()
     wanted = [name.split(".")[-1] for name in ([wanted] if isinstance(wanted, str) else wanted)]
     found = {name.split(".")[-1]: name for name in known if name.split(".")[-1] in wanted}
@@ -651,6 +638,18 @@ def cache_folder() -> Path:
 
 
 HUB = "token revision cache_dir local_files_only subfolder".split()  # where a model is, as hub clients say
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """For transformers' imports, which leave no garbage."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @_without_collections()
@@ -3370,7 +3369,7 @@ class Block:
 
 
 QUANT_TYPES = ("none", "int8", "int4")
-MATRICES = tuple(f"{name}.weight" for name in ("qkv", "out", "up", "down", "experts_up", "experts_down"))
+MATRICES = tuple(f"{name}.weight" for name in (*DENSE, "experts_up", "experts_down"))
 
 
 def stored_names(checkpoint: Checkpoint, config: PretrainedConfig, index: int) -> dict[str, list[str]]:
@@ -3478,7 +3477,7 @@ def _read_weights(
 def lora_places(config: PretrainedConfig, block: Block) -> dict[str, lora.Place]:
     """The matrices to which LoRA may add, by their names in a checkpoint's block."""
     names, spec, places = family_of(config).names, block.spec, {}
-    for ours in filter(names.get, ADAPTABLE):
+    for ours in filter(names.get, DENSE):
         N, K = block.weights[ours + ".weight"].shape
         theirs = names[ours].split()
         sizes = spec.qkv_sizes if len(theirs) == 3 else [N // len(theirs)] * len(theirs)

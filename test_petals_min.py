@@ -1998,7 +1998,7 @@ def test_the_users_own_lora(swarm, monkeypatch):
     monkeypatch.setattr(pm, "MAX_BATCH_TOKENS", 18)  # parts of at most two rows
     monkeypatch.setattr(pm, "STREAM_BYTES", 10_000)  # most requests are larger and go by stream
     names, ids = pm.FAMILIES[swarm.reference.config.model_type].names, some_ids(2, 9)
-    targets = [name.split(".")[-1] for ours in pm.ADAPTABLE for name in names.get(ours, "").split()]
+    targets = [name.split(".")[-1] for ours in pm.DENSE for name in names.get(ours, "").split()]
     model = swarm.load(**OWN, lora_targets=targets)
     own = make_own(model)
     assert own.keys() == {f"lora_{half}.{name}" for half in "AB" for name in targets}
@@ -7040,10 +7040,12 @@ def test_attention_on_the_cpu_is_the_reference(N, K, dtype):
 @pytest.mark.parametrize("D", [16, 128])
 @pytest.mark.parametrize("N, K", HEADS)
 def test_single_tokens_with_many_keys_are_the_reference(N, K, D, monkeypatch):
-    """By two matrix products a row, where PyTorch's own operator is slower."""
+    """By two matrix products a row, where PyTorch's own operator is slower: in runs of pages."""
     monkeypatch.setattr(attention, "MANY_KEYS", 0)
-    monkeypatch.setattr(attention, "sdpa", None)
-    for fragmented, length in itertools.product((False, True), (1, 17, 987)):
+    of_a_token, used = attention._of_a_token, []
+    monkeypatch.setattr(attention, "_of_a_token", lambda *given: used.append(given) or of_a_token(*given))
+    for fragmented, length in ((False, 1), (False, 17), (False, 987), (True, 987)):
+        used.clear()
         for window, slopes in ((None, None), (16, None), (None, alibi(N).bfloat16()), (300, alibi(N))):
             shape = [(1, length)] * 2
             q, k, v, *rows = cache(shape, N, K, D, torch.float32, fragmented=fragmented)
@@ -7052,6 +7054,7 @@ def test_single_tokens_with_many_keys_are_the_reference(N, K, D, monkeypatch):
                 plan = attention.plan(*rows, PAGE)
                 got = attention.attend(q, keys, values, plan, scale=0.25, slopes=slopes, window=window)
                 assert worst(got, want) < TOLERANCE[torch.float32], (fragmented, length, window)
+        assert bool(used) == (not fragmented)
 
 
 def test_the_wrappers_say_what_does_not_fit():

@@ -14,7 +14,7 @@ same input gives the same bits). Flops: a causal prefill of S tokens takes 2 * N
 key blocks that the causal mask or the window hides are not visited at all.
 
 On a CPU rows of one shape whose pages are runs are one strided view of the pool and one call of PyTorch's own
-attention; but single tokens with many keys are two matrix products a row.
+attention; but single tokens with many keys, so in runs, are two matrix products a row.
 """
 
 import torch
@@ -84,7 +84,8 @@ def _attend_group(q, k_pages, v_pages, plan, group, scale, slopes, window):
         keys, values = view(k_pages, group, low, S), view(v_pages, group, low, S)
         mask = None if slopes is None else _mask(plan, Q, low, S, S - 1, G, scale, slopes, window, q)
         q = q.reshape(B, K, G, D)
-        if q.is_cuda or q.dtype != torch.float32 or keys[0].numel() < MANY_KEYS:
+        runs = group.ids is None and q.device.type == "cpu" and q.dtype == torch.float32
+        if not runs or keys[0].numel() < MANY_KEYS:
             return sdpa(q, keys, values, attn_mask=mask, scale=scale).reshape(T, N, D)
         rows = [_of_a_token(*row, mask, scale) for row in zip(q, keys, values, strict=True)]
         return torch.cat(rows).reshape(T, N, D)
@@ -109,13 +110,13 @@ def _attend_group(q, k_pages, v_pages, plan, group, scale, slopes, window):
 
 
 def _of_a_token(q, keys, values, mask, scale):
-    """One row's attention as two matrix products: q [K, G, D], keys and values [K, S, D]. One thread of an
-    AVX-512 CPU, of the time of PyTorch's operator: .55 to .85 with D = 128 and G up to 4, .6 to .95 with 256
-    or G = 8, .75 to 1.1 with 64. MKL reads the keys in this order three times as fast as in the other."""
+    """One row's attention as two matrix products: q [K, G, D], keys and values [K, S, D], each head's in one
+    run (gathered ones take 1.0 to 1.4 of the operator's time). One thread of an AVX-512 CPU, of the time of
+    PyTorch's operator: .55 to .85 with D = 128 and G up to 4, .6 to .95 with 256 or G = 8, .75 to 1.1 with
+    64. MKL reads the keys in this order three times as fast as in the other."""
     scores = (keys @ (q * scale).mT).mT
     weights = (scores.contiguous() if mask is None else scores + mask).softmax(-1)
-    G = q.shape[1]
-    if G < 4 and q.shape[2] >= 128:  # MKL needs twice the time for fewer than 4
+    if (G := q.shape[1]) < 4 and q.shape[2] >= 128:  # MKL needs twice the time for fewer than 4
         weights = F.pad(weights, (0, 0, 0, 4 - G))
     return (weights @ values)[:, :G]
 
@@ -168,17 +169,16 @@ def fresh(q, k, v, left_pad: list[int] | None = None, *, scale: float, slopes=No
         mask = None
     else:
         j = torch.arange(T, device=q.device)
-        seen = j <= j[:, None]  # [query, key]
+        mask = j <= j[:, None]  # [query, key]: is it seen?
         if window is not None:
-            seen = seen & (j > j[:, None] - window)
+            mask = mask & (j > j[:, None] - window)
         if padded:  # a padding token sees itself, so that its softmax has something to sum
             pad = torch.tensor(left_pad, device=q.device).view(B, 1, 1, 1)
-            seen = (seen & (j >= pad)) | (j == j[:, None])
-        mask = seen
+            mask = (mask & (j >= pad)) | (j == j[:, None])
         if slopes is not None:
             bias = _bias(slopes.to(q.device), j, scale).unsqueeze(1)
             bias = bias.to(torch.float32 if q.device.type == "cpu" else q.dtype)
-            mask = bias.masked_fill(~seen, float("-inf"))
+            mask = bias.masked_fill(~mask, float("-inf"))
     gqa = k.shape[1] != N
     return sdpa(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa).transpose(1, 2)
 
@@ -225,7 +225,8 @@ def launch_attend(q, k_pages, v_pages, plan: Plan, scale: float, slopes=None, wi
     K = k_pages.shape[2]
     q = q if q.stride(2) == 1 and q.stride(1) == D else q.contiguous()
     starts, lengths, table = plan.views
-    rows, decode = len(plan.queries), len(plan.queries) == T
+    rows = len(plan.queries)
+    decode = rows == T
     device = torch.cuda.get_device_properties(q.device) if q.is_cuda else None
     biased = slopes is not None or window is not None
     tile = tiles(decode, N // K, D, q.element_size(), device.major if device else 9, biased)
