@@ -3685,7 +3685,8 @@ class RowTables:
         """Forget all tokens from this position of the session on."""
         for table, pad in zip(self.tables, self.pads, strict=True):
             kept = -(-max(0, position - pad) // PAGE)
-            self.users.subtract(table[kept:])
+            for page in table[kept:]:
+                self.users[page] -= 1
             del table[kept:]
 
     def reorder(self, ids: Sequence[int]) -> None:
@@ -4047,7 +4048,8 @@ class _Part:
         work.moments.append(time.perf_counter())
         self.work, self.tokens = work, slice(work.done, work.done + portion)
         low, pads = work.start + work.done, work.tables.pads
-        own = torch.arange(low, low + portion) - torch.tensor(pads)[:, None]  # a row's own positions
+        own = torch.arange(low, low + portion).expand(len(pads), -1)  # a row's own positions
+        own = own - torch.tensor(pads)[:, None] if any(pads) else own
         self.real = own >= 0 if low < max(pads) else None  # [B, portion]: no padding; None: there is none
         self.at = self._real(own)
         # of rows with tokens: table, how many, the row's length after them, after the whole step

@@ -85,7 +85,7 @@ def _attend_group(q, k_pages, v_pages, plan, group, scale, slopes, window):
         mask = None if slopes is None else _mask(plan, Q, low, S, S - 1, G, scale, slopes, window, q)
         q = q.reshape(B, K, G, D)
         runs = group.ids is None and q.device.type == "cpu" and q.dtype == torch.float32
-        if not runs or keys[0].numel() < MANY_KEYS:
+        if not runs or K * (S - low) * D < MANY_KEYS:
             return sdpa(q, keys, values, attn_mask=mask, scale=scale).reshape(T, N, D)
         rows = [_of_a_token(*row, mask, scale) for row in zip(q, keys, values, strict=True)]
         return torch.cat(rows).reshape(T, N, D)
@@ -146,7 +146,7 @@ def _mask(plan: Plan, queries: int, low: int, high: int, position: int, G: int, 
         mask = _bias(slopes, j, scale).view(-1, 1, G, high - low).repeat(1, queries, 1, 1)
     mask.masked_fill_(hidden, float("-inf"))
     mask = mask.view(*mask.shape[:-3], queries * G, high - low)
-    held = sum(m.numel() for m in plan.masks.values() if isinstance(m, torch.Tensor))
+    held = sum(m.numel() for m in plan.masks.values())
     if held + mask.numel() <= MASKS_KEPT:
         plan.masks[key] = mask
     return mask

@@ -1,6 +1,6 @@
 """What a token's position does to attention: rotary embeddings of every variant, and ALiBi's slopes.
 
-The tables are made here, once a pass; rotary.py applies the former and attention.py the latter.
+The tables are made here; rotary.py applies the former and attention.py the latter.
 """
 
 import functools
@@ -9,10 +9,13 @@ import math
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+TABLE = 8192  # positions whose angles are computed but once: 8 MB in float32 with heads of 128
+
 
 class Rotary:
     """cos and sin for one model, from transformers' own rules. Some of its variants depend on how long a row
-    is (dynamic NTK, LongRoPE): each row gets its own frequencies, as it would have alone."""
+    is (dynamic NTK, LongRoPE): each row gets its own frequencies, as it would have alone. The first half of
+    sin has its sign turned, as `rotary.rotate` wants it."""
 
     def __init__(self, config, head_dim: int, device):
         """`config`: a transformers config with `rope_parameters`; None for a model without rotary
@@ -24,6 +27,7 @@ class Rotary:
         limit = rope.get("original_max_position_embeddings") if self.kind == "longrope" else None
         self.limit = limit or getattr(config, "max_position_embeddings", 0)
         self._frequencies = functools.lru_cache(maxsize=64)(self._compute)
+        self._table = functools.lru_cache(maxsize=1)(self._tabulate)
 
     def _compute(self, length: int | None) -> tuple[torch.Tensor, float]:
         """Radians per token [D / 2], and what cos and sin are multiplied by."""
@@ -45,14 +49,26 @@ class Rotary:
         if self.config is None:
             return None, None
         found = [self._of(length) for _, length in rows]
-        frequencies, scale = found[0]
-        if any(entry is not found[0] for entry in found):
+        frequencies, scale = plain = self._frequencies(None)
+        if all(entry is plain for entry in found) and max(length for _, length in rows) <= TABLE:
+            return tuple(table.index_select(0, at) for table in self._table(dtype))
+        if any(entry is not plain for entry in found):
             counts = torch.tensor([tokens for tokens, _ in rows], device=self.device)
             frequencies = torch.stack([each for each, _ in found]).repeat_interleave(counts, dim=0)
             scale = torch.tensor([each for _, each in found], device=self.device)
             scale = scale.repeat_interleave(counts)[:, None]
-        angles = (at[:, None] * frequencies).repeat(1, 2)
-        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+        return _turns(at, frequencies, scale, dtype)
+
+    def _tabulate(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The plain cos and sin of the first TABLE positions."""
+        return _turns(torch.arange(TABLE, device=self.device), *self._frequencies(None), dtype)
+
+
+def _turns(at, frequencies, scale, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [T, D] at positions `at` [T]; frequencies [D / 2] or [T, D / 2]."""
+    angles = at[:, None] * frequencies
+    cos, sin = torch.cat((angles, angles), -1).cos(), torch.cat((-angles, angles), -1).sin()
+    return (cos * scale).to(dtype), (sin * scale).to(dtype)
 
 
 def alibi_slopes(heads: int, kind: str) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Rotary positions, and the way of a fused projection into the cache: qkv -> rotated q; k and v in pages.
 
-Letters as in attention.py. The plain version rotates (reads and writes q and k), then copies k and v into the
-pages: 4 launches that move (2N + 6K) * D numbers a token. The kernel reads qkv once and writes each number
-once, (2N + 4K) * D numbers in one launch. For Llama-3-8B that is 25 KB a token: at decode it is the launches
-that are saved, about 3 us each.
+Letters as in attention.py. The plain version rotates (3 launches that read 4 times as many numbers as q and k
+have and write 3 times as many), then copies k and v into the pages: 5 launches that move (7N + 11K) * D
+numbers a token. The kernel reads qkv once and writes each number once, (2N + 4K) * D numbers in one launch.
+For Llama-3-8B that is 25 KB a token: at decode it is the launches that are saved, about 3 us each.
 """
 
 import torch
@@ -18,10 +18,9 @@ except ImportError:  # triton is Linux only: everything here but the launchers w
 
 
 def rope_append(qkv, cos, sin, k_pages, v_pages, plan: Plan):
-    """Rotate the queries and keys of qkv [T, N + 2K, D] by cos and sin [T, R], R <= D even (the first R
-    numbers of a head are rotated, first half against second half; None: no rotation), write keys and values
-    into their pages, in place, and return the queries [T, N, D]. qkv is not needed afterwards and may be
-    overwritten."""
+    """Rotate the queries and keys of qkv [T, N + 2K, D] by cos and sin as `rotate` does (None: no rotation),
+    write keys and values into their pages, in place, and return the queries [T, N, D]. qkv is not needed
+    afterwards and may be overwritten."""
     K, D = k_pages.shape[2:]
     N = qkv.shape[1] - 2 * K
     T, alike = plan.tokens, k_pages.shape == v_pages.shape
@@ -32,46 +31,23 @@ def rope_append(qkv, cos, sin, k_pages, v_pages, plan: Plan):
             f"{k_pages.dtype} on {k_pages.device}, values {list(v_pages.shape)} and a plan of {T} tokens on "
             f"{plan.slots.device}"
         )
-    if cos is not None and not (cos.shape == sin.shape and len(cos) == T and cos.shape[1] <= D):
+    if cos is not None and not (cos.shape == sin.shape and cos.shape[0] == T and cos.shape[1] <= D):
         raise ValueError(f"cos {list(cos.shape)}, sin {list(sin.shape)}: want two of [{T}, {D} or less]")
     if qkv.is_cuda and triton is not None:
         return launch_rope_append(qkv, cos, sin, k_pages, v_pages, plan)
-    rotated = qkv[:, : N + K]
-    if cos is not None and cos.shape[-1] == D:
-        halves = rotated.view(T, N + K, 2, D // 2)
-        cos, sin = _halves(cos, sin, plan, qkv.dtype)
-        rotated = (halves * cos).addcmul_(halves.flip(2), sin).flatten(2)
-    elif cos is not None:
-        rotated = rotate(rotated, cos, sin)
+    rotated = qkv[:, : N + K] if cos is None else rotate(qkv[:, : N + K], cos, sin)
     append(rotated[:, N:], qkv[:, N + K :], k_pages, v_pages, plan)
     return rotated[:, :N]
 
 
-def _halves(cos, sin, plan: Plan, dtype):
-    """cos and sin as [T, 1, 2, D / 2] with the sign of the first half turned, once a pass."""
-    key = ("halves", cos.data_ptr(), sin.data_ptr(), dtype)
-    if key not in plan.masks:
-        wide = [x.to(dtype).unflatten(1, (2, -1)).unsqueeze(1) for x in (cos, sin)]
-        sign = torch.tensor([[-1.0], [1.0]], dtype=dtype, device=sin.device)
-        plan.masks[key] = wide[0], wide[1] * sign
-    return plan.masks[key]
-
-
 def rotate(x, cos, sin):
-    """Rotary positions, differentiable: x [..., H, D] turned by cos and sin [..., R], R <= D: (a, b) -> (a *
-    cos - b * sin, b * cos + a * sin), where a is the first and b the second half of the R numbers."""
-    R = cos.shape[-1]
-    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
-    turned = x if x.shape[-1] == R else x[..., :R]
-    a, b = turned.chunk(2, -1)
-    low, high = sin.chunk(2, -1)
-    out = turned * cos
-    if torch.is_grad_enabled() and x.requires_grad:
-        out = out + torch.cat((-b * low, a * high), -1)
-    else:
-        out[..., : R // 2].addcmul_(b, low, value=-1)
-        out[..., R // 2 :].addcmul_(a, high)
-    return out if x.shape[-1] == R else torch.cat((out, x[..., R:]), -1)
+    """Rotary positions, differentiable: the first R numbers of each head of x [T, H, D] turned by cos and sin
+    [T, R], R <= D even: (a, b) -> (a * cos - b * sin, b * cos + a * sin), where a is the first and b the
+    second half of the R numbers. The first half of `sin` comes with its sign turned (`positions.Rotary`)."""
+    R, D = cos.shape[-1], x.shape[-1]
+    turned, cos, sin = x if R == D else x[..., :R], cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
+    out = torch.addcmul(turned * cos, turned.roll(R // 2, -1), sin)
+    return out if R == D else torch.cat((out, x[..., R:]), -1)
 
 
 def launch_rope_append(qkv, cos, sin, k_pages, v_pages, plan: Plan):
@@ -113,7 +89,6 @@ if triton is not None:
             y = tl.load(x_at + partner[None, :], mask=turned, other=0.0).to(tl.float32)
             cos = tl.load(cos_ptr + token * R + d, mask=d < R, other=1.0).to(tl.float32)
             sin = tl.load(sin_ptr + token * R + d, mask=d < R, other=0.0).to(tl.float32)
-            sin = tl.where(d < R // 2, -sin, sin)
             x = tl.where(turned, x.to(tl.float32) * cos[None, :] + y * sin[None, :], x.to(tl.float32))
             x = x.to(out_ptr.dtype.element_ty)
         slot = tl.load(slots_ptr + token) * K * D
