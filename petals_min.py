@@ -212,7 +212,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _failing_as(kind: type[Exception], message: str, causes: Any = Exception, advice: str = ""):
+def _failing_as(kind: Callable[[str], Exception], message: str, causes: Any = Exception, advice: str = ""):
     """Where a library fails (with `causes`; NumPy, torch and msgpack raise many kinds), raise an error of our
     own kind, with what the library said."""
     try:
@@ -755,11 +755,12 @@ def _weight(message) -> int:
 
 
 def pack_request(
-    uid: str, tensors: Sequence[Any], metadata: dict, compression: int = runtime_pb2.NONE
+    uid: str, tensors: Sequence[Any], metadata: dict, compression: int = runtime_pb2.NONE, answers: int = 1
 ) -> ExpertRequest:
     """A request of the given tensors (some may be packed), in order; `args_structure` says that order, as
-    Petals' clients do."""
+    Petals' clients do. A compression holds for its answer of so many tensors, too."""
     metadata = metadata | {"args_structure": (tuple(f"__T{i}".encode() for i in range(len(tensors))), {})}
+    metadata |= {"output_compression": [compression] * answers} if compression != runtime_pb2.NONE else {}
     packed = (pack(tensor, compression) for tensor in tensors)
     return ExpertRequest(uid=uid, tensors=packed, metadata=MSGPackSerializer.dumps(metadata))
 
@@ -1522,18 +1523,11 @@ class Router:
         self.bans: dict[PeerID, tuple[float, int, str, bool | None]] = {}
         self._reading: asyncio.Task | None = None
         self._flying, self._landed = 0, asyncio.Event()  # bytes of forward and backward requests
-        timer = asyncio.run_coroutine_threadsafe(Router._keep_reading(weakref.ref(self)), wire().loop)
-        weakref.finalize(self, timer.cancel)
 
-    @staticmethod
-    async def _keep_reading(router: weakref.ref[Router]) -> None:
-        """Reads the directory every `update_period`, from the first time on, while the router is in use."""
-        while (this := router()) is not None:
-            period = this.config.update_period
-            if this.updated > -math.inf:
-                await _gather_quietly(this.refresh(max_age=0.9 * period))
-            del this
-            await asyncio.sleep(max(period, 0.1))
+    def _read_later(self, _: Any) -> None:
+        """A reading is done: the next one comes after `update_period`, if the router is in use then."""
+        period, refresh = max(self.config.update_period, 0.1), weakref.WeakMethod(self.refresh)
+        wire().loop.call_later(period, lambda: (again := refresh()) and _spawn(again(0.9 * period)))
 
     async def refresh(self, max_age: float = 0.0, wait: bool = True) -> None:
         """Have the directory read if the last reading is older than `max_age` seconds; callers share one
@@ -1542,6 +1536,7 @@ class Router:
             return
         if self._reading is None or self._reading.done():
             self._reading = _spawn(self._read())
+            self._reading.add_done_callback(self._read_later)
         if wait or self.updated == -math.inf:
             await asyncio.shield(self._reading)
 
@@ -1804,19 +1799,6 @@ async def _together(coroutines: Iterable) -> list:
         await _gather_quietly(*tasks)
 
 
-async def _unless_one_fails(wanted: asyncio.Future, *others: asyncio.Future) -> Any:
-    """The result of the first of these futures; the error of another one that fails before."""
-    outcome = asyncio.get_running_loop().create_future()
-
-    def note(done: asyncio.Future) -> None:
-        if not outcome.done() and (done is wanted or done.cancelled() or done.exception()):
-            outcome.set_result(done)
-
-    for each in (wanted, *others):
-        each.add_done_callback(note)
-    return (await outcome).result()
-
-
 def _checked(output: Tensor, shape: torch.Size, peer: PeerID) -> Tensor:
     """A server's answer, which must have the shape of what it was given."""
     if output.shape != shape or not output.is_floating_point():
@@ -1825,9 +1807,9 @@ def _checked(output: Tensor, shape: torch.Size, peer: PeerID) -> Tensor:
     return output
 
 
-def _prompts_of(prompts: Tensor | None, blocks=slice(None), rows: Any = slice(None)) -> Tensor | None:
-    """What deep prompts [blocks, B or 1, P, H] say to some of the blocks and rows."""
-    return None if prompts is None else prompts[blocks, rows if prompts.shape[1] > 1 else slice(None)]
+def _prompts_of(prompts: Prompts, blocks=slice(None), rows: Any = slice(None), tokens=slice(None)) -> Prompts:
+    """What deep prompts [blocks, B or 1, P, H] say to some of the blocks, rows and tokens."""
+    return None if prompts is None else prompts[blocks, rows if prompts.shape[1] > 1 else slice(None), tokens]
 
 
 def _tuned_of(tuned: Sequence[Tensor | None], blocks: slice) -> list[Tensor | None]:
@@ -1895,6 +1877,8 @@ class Chunk:
     start: int
     end: int
     source: Source  # [B, T, H], or the answer of the server before, which may still be on its way
+    prompts: Prompts = None  # as in its step
+    whole: int = 0  # as well
     order: Tensor | None = None  # [B] int64: how the rows were reordered after it
 
 
@@ -1934,23 +1918,28 @@ class History:
         self.rewind(step.start)
         self.reorder(step.hypo_ids)
         if step.end > step.start == self.length:
-            self.chunks.append(Chunk(step.start, step.end, source))
+            self.chunks.append(Chunk(step.start, step.end, source, step.prompts, step.whole))
 
-    async def read(self, length: int) -> Tensor | None:
-        """The inputs [B, length, H] of the cache's rows as they stand now; None if some are lost or do not
-        come."""
+    async def read(self, length: int) -> list[Step] | None:
+        """Steps that bring a cache to this length, of the rows as they stand now; None if some inputs are
+        lost or do not come."""
         self.rewind(length)
         coming = [chunk.source for chunk in self.chunks if _arrived(chunk.source) is None]
         if coming:
             await asyncio.wait(coming, timeout=HISTORY_SECONDS)
-        order, pieces = None, []
+        order, steps = None, []
         for chunk in reversed(self.chunks):
             order, value = _then(chunk.order, order), _arrived(chunk.source)
             if value is None:
                 return None
-            value = value[:, : chunk.end - chunk.start]
-            pieces.append(value if order is None else value[order])
-        return torch.cat(pieces[::-1], dim=1) if self.length == length else None
+            rows, tokens = slice(None) if order is None else order, slice(chunk.end - chunk.start)
+            prompts = _prompts_of(chunk.prompts, rows=rows, tokens=tokens)
+            steps.append(Step(chunk.start, value[rows, tokens], prompts, None, chunk.whole))
+        joined = []  # what neither has prompts nor depends on its step's length goes together
+        for plain, some in itertools.groupby(reversed(steps), lambda s: s.prompts is None and not s.whole):
+            some = list(some)
+            joined += [Step(some[0].start, torch.cat([s.hidden for s in some], dim=1))] if plain else some
+        return joined if self.length == length else None
 
 
 class Watch:
@@ -1977,19 +1966,17 @@ class Watch:
         stream, bytes_before = self.stream, self.stream.moved if self.stream else 0
         sees = stream is not None and stream.unacknowledged() is not None
         patience = min(max(1.0, 4 * trip), MAX_PING) + (0.0 if sees else _behind(self.size))
-        before = self.progress
         try:
-            self.progress, self.missed = await self.router.probe(self.peer, patience), 0
+            progress = await self.router.probe(self.peer, patience)
+            if progress is None or progress != self.progress:
+                self.moved = time.monotonic()
+            self.progress, self.missed = progress, 0
         except PeerError as error:
-            late = str(error).startswith("no answer")
-            if late and stream and stream.moved > bytes_before:
+            if error.silent and stream and stream.moved > bytes_before:
                 self.missed, self.moved = -1, time.monotonic()
             self.missed += 1
-            if self.missed == 2 or not late:
+            if self.missed == 2 or not error.silent:
                 raise PeerError(f"it fell silent ({error})", self.peer, silent=True) from error
-        else:
-            if self.progress is None or self.progress != before:
-                self.moved = time.monotonic()
         if time.monotonic() > self.moved + STUCK_SECONDS and not answer.done():
             raise PeerError("it lives, but computes nothing", self.peer)
 
@@ -2057,8 +2044,6 @@ class Hop:
         if self.traces is not None:
             terms["trace"] = True
         kind = self.compression(self.span.peer, hidden.nbytes)
-        if kind != runtime_pb2.NONE:
-            terms["output_compression"] = [kind]
         ids, own = NO_IDS if step.hypo_ids is None else step.hypo_ids, terms.pop("own", ())
         # not awaited: a frozen server would block it for ever; who waits for the answer watches the server
         _spawn(self._deliver([hidden, NOTHING if prompts is None else prompts, ids, *own], terms, kind))
@@ -2136,10 +2121,6 @@ class Route:
         self.router, self.config, self.blocks, self.own = router, router.config, blocks, own
         self.rows, self.max_length, self.left_pad, self.skip = list(rows), max_length, list(left_pad), skip
         self.hops = [Hop(router, blocks.start, blocks.stop)]
-        self.position = 0  # at which all servers stand after the last step
-        # steps that may not be replayed together with others: start -> end, deep prompts (which go to a row's
-        # first real tokens of the step), Step.whole
-        self.apart: dict[int, tuple[int, Prompts, int]] = {}
         self.closed, self.running = False, None  # the task that runs a step
 
     def fits(self, span: Span, padded: bool = True) -> bool:
@@ -2151,19 +2132,13 @@ class Route:
     async def unpadded(self, position: int) -> list[Route]:
         """What can take its place on servers that know no `left_pad`: a route for the rows of each padding,
         which is not sent, with this one's history up to a position."""
-        inputs, routes = await self.hops[0].history.read(position) if position else None, []
+        steps, routes = await self.hops[0].history.read(position), []
         for pad, rows in _rows_by_padding(self.left_pad):
-            its = [self.rows[row] for row in rows]
-            route = Route(self.router, self.blocks, its, self.max_length - pad, skip=pad, own=self.own)
-            for at, (end, prompts, whole) in self.apart.items():
-                begin, end = max(0, at - pad), min(end, position) - pad
-                if end > begin:
-                    prompts = _prompts_of(prompts, rows=rows)
-                    prompts = None if prompts is None else prompts[:, :, : end - begin]
-                    route.apart[begin] = end, prompts, max(0, whole - pad)
-            route.position, route.closed = max(0, position - pad), self.closed
-            if route.position:
-                route.hops[0].history.chunks = [Chunk(0, route.position, inputs[rows, pad:])]
+            route = Route(self.router, self.blocks, rows, self.max_length - pad, skip=pad, own=self.own)
+            for step in steps:
+                share = route.share(step)
+                route.hops[0].history.add(share, share.hidden)
+            route.closed = self.closed
             routes.append(route)
         return routes
 
@@ -2183,16 +2158,14 @@ class Route:
             if not set(ids[self.rows].tolist()) <= set(self.rows):
                 raise UserError("original Petals servers cannot mix rows of different padding (hypo_ids)")
             ids = torch.tensor([self.rows.index(row) for row in ids[self.rows].tolist()])
-        hidden, prompts = step.hidden[self.rows, max(0, self.skip - step.start) :], None
-        if step.prompts is not None and hidden.shape[1]:
-            prompts = _prompts_of(step.prompts, rows=self.rows)[:, :, : hidden.shape[1]]
+        hidden = step.hidden[self.rows, max(0, self.skip - step.start) :]
+        prompts = _prompts_of(step.prompts, rows=self.rows, tokens=slice(hidden.shape[1]))
+        prompts = prompts if hidden.shape[1] else None
         return Step(start, hidden, prompts, ids, max(0, step.whole - self.skip))
 
     async def run(self, step: Step) -> Tensor:
         """Run a step on all servers, however often it takes; returns [B, T, H]."""
         _require(not self.closed, CLOSED)
-        past = {at: (min(end, step.start), *its) for at, (end, *its) in self.apart.items()}
-        self.apart = {at: (end, *its) for at, (end, *its) in past.items() if at < end}  # after a rewind
         pieces = step.pieces()
         before = self.state() if len(pieces) > 1 else None
         self.running = asyncio.current_task()
@@ -2202,23 +2175,23 @@ class Route:
         except BaseException:
             # cancelled or out of retries: what the servers did of this step is unknown, some pieces may be
             # done, and rows reordered; so the next one begins with others
-            self.restore(before or (self.hops[0].history.chunks, self.left_pad, self.apart))
+            self.restore(before or (self.hops[0].history.chunks, self.left_pad))
             if self.closed:
                 raise UserError(CLOSED) from None
             raise
         finally:
             self.running = None
 
-    def state(self) -> tuple[list[Chunk], list[int], dict]:
+    def state(self) -> tuple[list[Chunk], list[int]]:
         """What `restore` needs to undo the steps that follow."""
-        return list(map(dataclasses.replace, self.hops[0].history.chunks)), self.left_pad, self.apart
+        return list(map(dataclasses.replace, self.hops[0].history.chunks)), self.left_pad
 
-    def restore(self, state: tuple[list[Chunk], list[int], dict]) -> None:
+    def restore(self, state: tuple[list[Chunk], list[int]]) -> None:
         """The next step begins with other servers, to which the history is replayed."""
         for hop in self.hops:
             hop.close()
         self.hops = [Hop(self.router, self.blocks.start, self.blocks.stop)]
-        self.hops[0].history.chunks, self.left_pad, self.apart = state
+        self.hops[0].history.chunks, self.left_pad = state
 
     async def _run_piece(self, step: Step) -> Tensor:
         for attempt in itertools.count(1):
@@ -2227,7 +2200,6 @@ class Route:
                 await self._repair(step)
                 output = await (self._chain(step) if attempt == 1 else self._carry(step, self.hops))
                 self._commit(step, self.hops)
-                self.position = step.end
                 return output
             except (PeerError, MissingBlocksError) as error:
                 for hop in self.hops:
@@ -2252,7 +2224,7 @@ class Route:
         """Send the step to the first server, let each push to the next, and wait for the last one's answer.
         We carry it where that cannot be: an original Petals server pushes the prompts and hypo_ids of the
         session's first step (PROTOCOL.md, "Where Petals does not work"), and a push has a size limit."""
-        hops, rewound = self.hops, step.start != self.position
+        hops, rewound = self.hops, step.start != self.hops[0].position
         named = all(hop.upstream == before.span.name for before, hop in itertools.pairwise(hops))
         small = step.hidden.numel() * 4 <= MAX_UNARY_BYTES
         plain = step.hypo_ids is None and not rewound
@@ -2263,8 +2235,11 @@ class Route:
             hop.send(Step(step.start, step.hidden[:, :0]), step.hidden[:, :0])
         *middle, last = [hop.expect(step) for hop in hops]
         carrying = _spawn(self._carry(step, hops, chained=True))
+        failing = asyncio.gather(carrying, *middle)  # done before the last answer only if one of them fails
+        failing.add_done_callback(asyncio.Future.exception)  # which may go unread
         try:
-            return await _unless_one_fails(last, carrying, *middle)
+            await asyncio.wait([last, failing], return_when=asyncio.FIRST_COMPLETED)
+            return (last if last.done() else failing).result()
         finally:
             carrying.cancel()
 
@@ -2308,12 +2283,8 @@ class Route:
             hop.answers = {id: answer for id, answer in hop.answers.items() if not answer.done()}
             if hop.alive:
                 self.router.succeeded(hop.span.peer)
-        if step.hypo_ids is not None:
-            ids, past = step.hypo_ids, self.apart.items()
-            self.apart = {at: (end, _prompts_of(given, rows=ids), its) for at, (end, given, its) in past}
-            self.left_pad = [self.left_pad[row] for row in step.hypo_ids] if self.left_pad else []
-        if step.prompts is not None or step.whole:
-            self.apart[step.start] = step.end, step.prompts, step.whole
+        if step.hypo_ids is not None and self.left_pad:
+            self.left_pad = [self.left_pad[row] for row in step.hypo_ids]
         later = [hop.history for hop in self.hops[1:]]
         if sum(h.length for h in later) * step.hidden[:, :1].nbytes > self.config.max_history_bytes:
             for history in later:
@@ -2328,16 +2299,16 @@ class Route:
             first = alive.index(False)
             lost = slice(first, alive.index(True, first))
             ends, history = self.hops[lost], self.hops[first].history
-            inputs = await history.read(step.start) if step.start else step.hidden[:, :0]
-            if inputs is not None:
-                self.hops[lost] = await self._open(ends[0].start, ends[-1].end, inputs)
+            past = await history.read(step.start)
+            if past is not None:
+                self.hops[lost] = await self._open(ends[0].start, ends[-1].end, past)
             else:  # the inputs were lost too: begin with the server before
                 assert first, "the first server's inputs are always kept"
                 self.hops[first - 1].close()
 
-    async def _open(self, start: int, end: int, inputs: Tensor) -> list[Hop]:
-        """New servers for some blocks, their caches rebuilt from the inputs [B, T, H] of the first of
-        them."""
+    async def _open(self, start: int, end: int, past: list[Step]) -> list[Hop]:
+        """New servers for some blocks, their caches rebuilt by the steps of the past, as the first of them
+        had them."""
         bare, sound = functools.partial(self.fits, padded=False), self.router.sound
         if any(self.left_pad) and sound(start, end, bare) and not sound(start, end, self.fits):
             raise PaddingError
@@ -2348,13 +2319,9 @@ class Route:
         hops = [Hop(self.router, s.start, s.end, s, name) for s, name in zip(spans, names, strict=False)]
         try:
             await _together(map(self._begin, hops))
-            cuts = {0, inputs.shape[1], *self.apart, *(end for end, *_ in self.apart.values())}
-            for at, stop in itertools.pairwise(sorted(cuts)):
-                _, prompts, whole = self.apart.get(at, (0, None, 0))
-                prompts = None if prompts is None else prompts[:, :, : stop - at]
-                for step in Step(at, inputs[:, at:stop], prompts, None, whole).pieces():
-                    await self._carry(step, hops)
-                    self._commit(step, hops)
+            for step in itertools.chain.from_iterable(step.pieces() for step in past):
+                await self._carry(step, hops)
+                self._commit(step, hops)
         except BaseException:
             for hop in hops:
                 hop.close()
@@ -2652,7 +2619,8 @@ class InferenceSession(transformers.Cache):
             _require(not self.closed, CLOSED)
             terms, most = (len(step.hidden), tuple(self.left_pad)), self.max_length + self.spare
             # a padded session that starts over may have had its rows reordered
-            over = any(self.left_pad) and not step.start and any(route.position for route in self._routes)
+            begun = any(route.hops[0].history.length for route in self._routes)
+            over = any(self.left_pad) and not step.start and begun
             if over or terms != self._terms:  # the caches are empty: `step` and `set_left_pad` saw to it
                 _close_all(self._routes)
                 rows, self._terms = range(len(step.hidden)), terms
@@ -2823,27 +2791,21 @@ class _RemoteForward(torch.autograd.Function):
         groups = [(slice(pad, None), torch.tensor(rows)) for pad, rows in _rows_by_padding(left_pad)]
         ctx.places = [(part, tokens) for tokens, rows in groups for part in rows.split(most)]
         own = [_on_cpu(tensor, torch.float32) for tensor in own]
-        tuned = [[_prompts_of(prompts, rows=rows), *own] for rows, _ in ctx.places]
-        ctx.layers, ctx.terms = layers, _terms(layers.config)
+        ctx.tuned = [[_prompts_of(prompts, rows=rows), *own] for rows, _ in ctx.places]
+        ctx.layers, ctx.terms, ctx.prompts = layers, _terms(layers.config), prompts
         keep = keep and any(ctx.needs_input_grad)
         run = functools.partial(remote_forward, layers.router, layers.blocks, ctx.terms, keep)
-        done = wire().call(_together(map(run, [local[place] for place in ctx.places], tuned)))
-        outputs, trails = zip(*done, strict=True)
-        ctx.trails = [[leg._replace(hidden=None) for leg in trail] for trail in trails]
-        ctx.save_for_backward(prompts, *own, *(leg.hidden for trail in trails for leg in trail))
+        done = wire().call(_together(map(run, [local[place] for place in ctx.places], ctx.tuned)))
+        outputs, ctx.trails = zip(*done, strict=True)
         return _put_together(local, ctx.places, outputs).to(hidden.device, hidden.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         _require(not torch.is_grad_enabled(), "create_graph=True: servers give no gradients of gradients")
-        local, for_prompts, (prompts, *saved) = _on_cpu(grad), None, ctx.saved_tensors
-        count = len(ctx.needs_input_grad) - 5  # matrices of the user's own LoRA
-        own, hidden = saved[:count], iter(saved[count:])
-        trails = [[leg._replace(hidden=next(hidden)) for leg in trail] for trail in ctx.trails]
-        tuned = [[_prompts_of(prompts, rows=rows), *own] for rows, _ in ctx.places]
+        local, for_prompts, prompts = _on_cpu(grad), None, ctx.prompts
         run = functools.partial(remote_backward, ctx.layers.router, ctx.layers.blocks.start, ctx.terms)
         parts = [local[place] for place in ctx.places]
-        done = wire().call(_together(map(run, trails, parts, tuned)))
+        done = wire().call(_together(map(run, ctx.trails, parts, ctx.tuned)))
         inputs, grads = zip(*done, strict=True)
         for_hidden, grads = _put_together(local, ctx.places, inputs), list(zip(*grads, strict=True))
         if prompts is not None:  # a gradient per row comes, also of prompts that all rows share
@@ -2862,7 +2824,7 @@ class Leg(NamedTuple):
     """What a forward pass left at one server."""
 
     span: Span
-    hidden: Tensor | None  # its input [B, T, H]
+    hidden: Tensor  # its input [B, T, H]
     keep: str  # if the server was asked to keep what the backward pass needs: under which name
 
 
@@ -2929,22 +2891,18 @@ async def _request(
     tensors = [*tensors, NOTHING if prompts is None else prompts, *own]
     total = sum(tensor.nbytes for tensor in tensors)
     kind = router.compression(span.peer, total)
-    if kind != runtime_pb2.NONE:
-        metadata["output_compression"] = [kind] * len(due)
-    request = await _off_loop(total, pack_request, uid, tensors, metadata, kind)
+    request = await _off_loop(total, pack_request, uid, tensors, metadata, kind, len(due))
     size, patience = 4 * sum(tensor.numel() for tensor in due), router.config.request_timeout
     async with router.flight(total):
         watch = Watch(router, span.peer, max(total, size))
         asked = call_large(router.swarm.p2p, span.peer, rpc, request, size, len(due), patience, watch)
         response = await _watched(watch, asked)
-    try:
+    with _failing_as(functools.partial(PeerError, peer=span.peer), f"{rpc} answered nonsense"):
         answer = await _off_loop(_size(response), lambda: [unpack(tensor) for tensor in response.tensors])
-    except Exception as error:
-        raise PeerError(_first_line(error), span.peer) from error
-    if len(answer) < len(due):
-        raise PeerError(f"it answered {len(answer)} tensors where {len(due)} were due", span.peer)
+        expect(len(answer) == len(due), f"{len(due)} tensors", len(answer))
+        answer = [_checked(its, like.shape, span.peer) for its, like in zip(answer, due, strict=True)]
     router.succeeded(span.peer)
-    return [_checked(its, like.shape, span.peer) for its, like in zip(answer, due, strict=False)]
+    return answer
 
 
 # ============================================================================================================
