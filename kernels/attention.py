@@ -21,14 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from . import tl, triton
 from .pages import Plan, append, in_order, moved, plan, view
 from .rotary import rope_append, rotate
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # triton is Linux only: everything here but the launchers works without it
-    triton = None
 
 __all__ = ["Plan", "append", "attend", "fresh", "moved", "plan", "reference", "rope_append", "rotate"]
 

@@ -15,30 +15,14 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from . import tl, triton
 from .weights import BYTES, CLIPS, GROUP, KINDS, Weight, codes_of, has_onednn, pack, quantize, unpack
 from .weights import product as packed_product
 
-try:
-    import triton
-    import triton.language as tl
-
+if triton is not None:
     from .attention import _owner
-except ImportError:  # triton is Linux only: everything here but the launchers works without it
-    triton = None
 
-__all__ = [
-    "BYTES",
-    "CLIPS",
-    "KINDS",
-    "Weight",
-    "dequantize",
-    "few",
-    "linear",
-    "pack",
-    "quantize",
-    "quantized",
-    "routed",
-]
+__all__ = ["BYTES", "CLIPS", "KINDS", "Weight", "pack", "quantize"]  # of weights.py, for our users
 
 FEW_ROWS = 8  # up to so many oneDNN's product of a matrix as it lies was measured
 FEW_WEIGHTS = 2**19  # of such a matrix: smaller ones stay in the caches, and oneDNN's call costs 27 us more

@@ -15,11 +15,7 @@ rounded before the product.
 import torch
 import torch.nn.functional as F
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # triton is Linux only: everything here but the launchers works without it
-    triton = None
+from . import tl, triton
 
 
 def add_norm(x, residual, weight, bias=None, *, eps: float, kind: str = "rms"):

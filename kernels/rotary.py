@@ -8,13 +8,8 @@ For Llama-3-8B that is 25 KB a token: at decode it is the launches that are save
 
 import torch
 
+from . import tl, triton
 from .pages import Plan, append, in_order
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # triton is Linux only: everything here but the launchers works without it
-    triton = None
 
 
 def rope_append(qkv, cos, sin, k_pages, v_pages, plan: Plan):
