@@ -833,7 +833,7 @@ async def join_messages(messages: AsyncIterator[Any], limit: int = 2**30, tensor
                 parts.append([])
                 expect(len(parts) <= MAX_TENSORS, f"{MAX_TENSORS} tensors at most", "more")
             parts[-1].append(part)
-        if len(parts) == tensors and len(parts[-1]) >= parts[-1][0].chunks:
+        if parts and len(parts) == tensors and len(parts[-1]) >= parts[-1][0].chunks:
             break
     expect(first is not None, "a request", "an empty stream")
     return type(first)(tensors=map(combine_from_streaming, parts), **_head(first))
@@ -1506,12 +1506,20 @@ class Router:
         # a row, why, and whether it is silent (None: not known): an answer lifts such a ban
         self.bans: dict[PeerID, tuple[float, int, str, bool | None]] = {}
         self._reading: asyncio.Task | None = None
+        self._timer: asyncio.TimerHandle | None = None  # of the next one
         self._flying, self._landed = 0, asyncio.Event()  # bytes of forward and backward requests
 
     def _read_later(self, _: Any) -> None:
         """A reading is done: the next one comes after `update_period`, if the router is in use then."""
-        period, refresh = max(self.config.update_period, 0.1), weakref.WeakMethod(self.refresh)
-        wire().loop.call_later(period, lambda: (again := refresh()) and _spawn(again(0.9 * period)))
+        period, method = max(self.config.update_period, 0.1), weakref.WeakMethod(self.refresh)
+
+        def again() -> None:
+            if (refresh := method()) is not None:
+                _spawn(refresh(max_age=0.9 * period))
+
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = wire().loop.call_later(period, again)
 
     async def refresh(self, max_age: float = 0.0, wait: bool = True) -> None:
         """Have the directory read if the last reading is older than `max_age` seconds; callers share one
@@ -2208,7 +2216,7 @@ class Route:
         """Send the step to the first server, let each push to the next, and wait for the last one's answer.
         We carry it where that cannot be: an original Petals server pushes the prompts and hypo_ids of the
         session's first step (PROTOCOL.md, "Where Petals does not work"), and a push has a size limit."""
-        hops, rewound = self.hops, step.start != self.hops[0].position
+        hops, rewound = self.hops, any(hop.position != step.start for hop in self.hops)
         named = all(hop.upstream == before.span.name for before, hop in itertools.pairwise(hops))
         small = step.hidden.numel() * 4 <= MAX_UNARY_BYTES
         plain = step.hypo_ids is None and not rewound
@@ -2775,21 +2783,28 @@ class _RemoteForward(torch.autograd.Function):
         groups = [(slice(pad, None), torch.tensor(rows)) for pad, rows in _rows_by_padding(left_pad)]
         ctx.places = [(part, tokens) for tokens, rows in groups for part in rows.split(most)]
         own = [_on_cpu(tensor, torch.float32) for tensor in own]
-        ctx.tuned = [[_prompts_of(prompts, rows=rows), *own] for rows, _ in ctx.places]
-        ctx.layers, ctx.terms, ctx.prompts = layers, _terms(layers.config), prompts
+        tuned = [[_prompts_of(prompts, rows=rows), *own] for rows, _ in ctx.places]
+        ctx.layers, ctx.terms = layers, _terms(layers.config)
         keep = keep and any(ctx.needs_input_grad)
         run = functools.partial(remote_forward, layers.router, layers.blocks, ctx.terms, keep)
-        done = wire().call(_together(map(run, [local[place] for place in ctx.places], ctx.tuned)))
-        outputs, ctx.trails = zip(*done, strict=True)
+        done = wire().call(_together(map(run, [local[place] for place in ctx.places], tuned)))
+        outputs, trails = zip(*done, strict=True)
+        ctx.trails = [[leg._replace(hidden=None) for leg in trail] for trail in trails]
+        # so that it is freed when the backward pass has been, not with the loss
+        ctx.save_for_backward(prompts, *own, *(leg.hidden for trail in trails for leg in trail))
         return _put_together(local, ctx.places, outputs).to(hidden.device, hidden.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         _require(not torch.is_grad_enabled(), "create_graph=True: servers give no gradients of gradients")
-        local, for_prompts, prompts = _on_cpu(grad), None, ctx.prompts
+        local, for_prompts, (prompts, *saved) = _on_cpu(grad), None, ctx.saved_tensors
+        count = len(ctx.needs_input_grad) - 5  # matrices of the user's own LoRA
+        own, hidden = saved[:count], iter(saved[count:])
+        trails = [[leg._replace(hidden=next(hidden)) for leg in trail] for trail in ctx.trails]
+        tuned = [[_prompts_of(prompts, rows=rows), *own] for rows, _ in ctx.places]
         run = functools.partial(remote_backward, ctx.layers.router, ctx.layers.blocks.start, ctx.terms)
         parts = [local[place] for place in ctx.places]
-        done = wire().call(_together(map(run, ctx.trails, parts, ctx.tuned)))
+        done = wire().call(_together(map(run, trails, parts, tuned)))
         inputs, grads = zip(*done, strict=True)
         for_hidden, grads = _put_together(local, ctx.places, inputs), list(zip(*grads, strict=True))
         if prompts is not None:  # a gradient per row comes, also of prompts that all rows share
@@ -2808,7 +2823,7 @@ class Leg(NamedTuple):
     """What a forward pass left at one server."""
 
     span: Span
-    hidden: Tensor  # its input [B, T, H]
+    hidden: Tensor | None  # its input [B, T, H]
     keep: str  # if the server was asked to keep what the backward pass needs: under which name
 
 

@@ -1066,6 +1066,8 @@ def test_large_requests_are_cut_as_petals_cuts_them_and_joined_again():
     whole = pm.wire().call(stream())
     assert all(torch.equal(pm.unpack(a), b) for a, b in zip(whole.tensors, tensors, strict=True))
     assert pm.unpack_metadata(whole) == pm.unpack_metadata(request)
+    parts.insert(0, ExpertRequest(uid=request.uid, metadata=request.metadata))  # which has no tensors
+    assert pm.wire().call(stream()) == whole
     with pytest.raises(ValueError, match="more than"):
         pm.wire().call(stream(limit=2**22))
     parts = 50 * [ExpertRequest(uid="m.0", tensors=[runtime_pb2.Tensor()])]  # no numbers, but counted
