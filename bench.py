@@ -1022,7 +1022,7 @@ def bench_fusions(report: Lines):
         x, residual = torch.randn(2, T, H, dtype=torch.bfloat16, device="cuda")
         gate, up = torch.randn(T, 2 * inner, dtype=torch.bfloat16, device="cuda").chunk(2, -1)
         qkv = torch.randn(T, N + 2 * K, D, dtype=torch.bfloat16, device="cuda")
-        cos, sin = torch.randn(2, T, D, dtype=torch.bfloat16, device="cuda")
+        cos, sin = torch.randn(2, T, 1, D, dtype=torch.bfloat16, device="cuda")
         k, v = torch.zeros(2, T // PAGE + 1, PAGE, K, D, dtype=torch.bfloat16, device="cuda")
         plan = attention.plan([list(range(T // PAGE + 1))], [T], [T], PAGE, "cuda")
 

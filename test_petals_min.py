@@ -3494,6 +3494,31 @@ def test_ours_and_an_original_server_push_to_each_other(
 
 
 @torch.no_grad()
+def test_a_rewind_is_carried_to_an_original_server_where_the_first_one_s_stream_was_lost(
+    recorded_servers, original, tiny, wire_peers
+):
+    """The first server's new stream stands where the session goes on; the original server does not. A push
+    may come to that one before our word to go back, which would then take what was pushed off again."""
+    hidden, theirs, ours = torch.randn(1, 8, 32), original(2), recorded_servers["0:2"]
+    names = [str(server.swarm.peer_id) for server in (ours, theirs)]
+    options = {"initial_peers": wire_peers, "dht_prefix": PREFIX, "allowed_servers": names}
+    layers = pm.AutoDistributedModel.from_pretrained(tiny.path, **options).layers
+    with layers.inference_session(max_length=16) as session:
+        parts = [session.step(hidden[:, :5]), session.step(hidden[:, 5:6])]
+        first = hops_of(session)[0]
+        pm.wire().soon(first.stream.close)
+        until(lambda: not first.alive, what="the loss")
+        session.position = 4
+        parts += [session.step(hidden[:, 4:5]), session.step(hidden[:, 5:])]
+        assert [str(span.peer) for span in session.route] == names and hops_of(session)[0] is not first
+    with layers.inference_session(max_length=16) as session:
+        close(torch.cat([parts[0][:, :4], *parts[2:]], dim=1), session.step(hidden))
+    shapes = [list(request.tensors[0].size) for _, request in theirs.requests[1:]]
+    assert shapes[0] == [1, 1, 32]  # the other steps of the first session were pushed
+    free_again(ours)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("case", ["stopped", "banned", "prompts", "reordered"])
 def test_a_padded_session_goes_on_over_original_petals_servers(tiny, old_swarm, wire_peers, case):
     """They know no `left_pad`: from then on the rows of each padding have a session of their own."""
@@ -4163,7 +4188,7 @@ def test_a_pass_runs_so_many_tensor_operations(crowd):
     assert not count.keys() & {"clone", "_to_copy", "index_put_", "stack", "contiguous"}
     assert {name: count[name] for name in most if count.get(name, 0) > most[name]} == {}
     assert (count["linear"], count["scaled_dot_product_attention"]) == (12, 3)
-    assert sum(count.values()) <= 114, count
+    assert sum(count.values()) <= 108, count
 
 
 @torch.no_grad()
@@ -4501,6 +4526,29 @@ def test_the_directory_is_read_in_the_background(crowd, initial_peers, monkeypat
     before = len(mine())
     time.sleep(0.6)
     assert len(mine()) == before
+
+
+def test_a_directory_that_cannot_be_read_is_tried_again_each_period(crowd, initial_peers, monkeypatch):
+    """However many asked for it meanwhile: a reading that fails sets one timer, not one more each time."""
+    tries, read = [], pm.read_directory
+
+    async def broken(swarm: pm.Swarm, prefix: str, count: int) -> list:
+        if prefix == "broken-hf":
+            tries.append(time.monotonic())
+            raise OSError("the network is away")
+        return await read(swarm, prefix, count)
+
+    monkeypatch.setattr(pm, "read_directory", broken)
+    load = functools.partial(pm.AutoDistributedModelForCausalLM.from_pretrained, crowd.path)
+    router = load(initial_peers=initial_peers, update_period=0.2, dht_prefix="broken-hf").model.layers.router
+    for _ in range(5):
+        with pytest.raises(OSError, match="the network is away"):
+            pm.wire().call(router.refresh())
+    until(lambda: len(tries) >= 9, what="four more tries")
+    pauses = [later - before for before, later in itertools.pairwise(tries[4:9])]
+    assert min(pauses) > 0.15
+    monkeypatch.setattr(pm, "read_directory", read)
+    until(lambda: router.updated > 0, what="a reading that succeeds")
 
 
 @torch.no_grad()
@@ -7131,12 +7179,12 @@ def test_append_and_rope_append_write_where_attention_reads():
 
     _, k_pages, v_pages, tables, queries, lengths = cache([(5, 37), (1, 16), (3, 3)], 4, 2, 16, torch.float32)
     plan = attention.plan(tables, queries, lengths, PAGE)
-    qkv, angle = torch.randn(9, 8, 16), torch.randn(9, 8).repeat(1, 2)
+    qkv, angle = torch.randn(9, 8, 16), torch.randn(9, 1, 8).repeat(1, 1, 2)
     cos, sin = angle.cos(), angle.sin()
     want_q, want_k = apply_rotary_pos_emb(
-        qkv[None, :, :4].transpose(1, 2), qkv[None, :, 4:6].transpose(1, 2), cos[None], sin[None]
+        qkv[None, :, :4].transpose(1, 2), qkv[None, :, 4:6].transpose(1, 2), cos[None, :, 0], sin[None, :, 0]
     )
-    sin[:, :8].neg_()  # the sign that `rotate` wants
+    sin[..., :8].neg_()  # the sign that `rotate` wants
     got = attention.rope_append(qkv.clone(), cos, sin, k_pages, v_pages, plan)
     assert worst(got, want_q[0].transpose(0, 1)) < 1e-6
     token = 0
@@ -7145,7 +7193,7 @@ def test_append_and_rope_append_write_where_attention_reads():
             row = pool[table].flatten(0, 1)[length - new : length]
             assert worst(row, want[token : token + new]) < 1e-6
         token += new
-    partial = attention.rotate(qkv, cos[:, :8], sin[:, :8])
+    partial = attention.rotate(qkv, cos[..., :8], sin[..., :8])
     assert torch.equal(partial[..., 8:], qkv[..., 8:]) and not torch.equal(partial[..., :8], qkv[..., :8])
 
 
@@ -7456,7 +7504,7 @@ def interpreted_fusions():
         for R in (64, 32, None):
             _, k, v, *rows = cache([(3, 18), (1, 5)], N, K, 64, torch.float32)
             twins, plan = (k.clone(), v.clone()), attention.plan(*rows, PAGE)
-            qkv, angle = torch.randn(4, N + 2 * K, 64), torch.randn(4, (R or 2) // 2).repeat(1, 2)
+            qkv, angle = torch.randn(4, N + 2 * K, 64), torch.randn(4, 1, (R or 2) // 2).repeat(1, 1, 2)
             cos, sin = (None, None) if R is None else (angle.cos(), angle.sin())
             want = rotary.rope_append(qkv.clone(), cos, sin, *twins, plan)
             assert worst(rotary.launch_rope_append(qkv, cos, sin, k, v, plan), want) < 1e-5
@@ -7747,7 +7795,7 @@ def test_the_fusions_on_the_gpu():
         k2, v2, plan = k.clone(), v.clone(), attention.plan(*rows, PAGE, "cuda")
         qkv, angle = (
             torch.randn(4, 12, 64, device="cuda").to(dtype),
-            torch.randn(4, 64, device="cuda").to(dtype),
+            torch.randn(4, 1, 64, device="cuda").to(dtype),
         )
         turned = rotary.rotate(qkv[:, :10], angle, angle)
         pages.append(turned[:, 8:], qkv[:, 10:], k2, v2, plan)

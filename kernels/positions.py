@@ -44,8 +44,8 @@ class Rotary:
         return self._frequencies(length if self.kind == "dynamic" else self.limit + 1)
 
     def __call__(self, at: torch.Tensor, rows: list[tuple[int, int]], dtype: torch.dtype) -> tuple:
-        """cos and sin [T, D] for tokens at positions `at` [T]; `rows`: (tokens, final length) of each row, in
-        order. (None, None) for a model without rotary embeddings."""
+        """cos and sin [T, 1, D] for tokens at positions `at` [T]; `rows`: (tokens, final length) of each row,
+        in order. (None, None) for a model without rotary embeddings."""
         if self.config is None:
             return None, None
         found = [self._of(length) for _, length in rows]
@@ -56,7 +56,7 @@ class Rotary:
             counts = torch.tensor([tokens for tokens, _ in rows], device=self.device)
             frequencies = torch.stack([each for each, _ in found]).repeat_interleave(counts, dim=0)
             scale = torch.tensor([each for _, each in found], device=self.device)
-            scale = scale.repeat_interleave(counts)[:, None]
+            scale = scale.repeat_interleave(counts)[:, None, None]
         return _turns(at, frequencies, scale, dtype)
 
     def _tabulate(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,8 +65,9 @@ class Rotary:
 
 
 def _turns(at, frequencies, scale, dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [T, D] at positions `at` [T]; frequencies [D / 2] or [T, D / 2]."""
-    angles = at[:, None] * frequencies
+    """cos and sin [T, 1, D], alike for all heads, at positions `at` [T]; frequencies [D / 2] or [T, D / 2],
+    scale a number or [T, 1, 1]."""
+    angles = (at[:, None] * frequencies).unsqueeze(1)
     cos, sin = torch.cat((angles, angles), -1).cos(), torch.cat((-angles, angles), -1).sin()
     return (cos * scale).to(dtype), (sin * scale).to(dtype)
 

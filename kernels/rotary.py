@@ -26,8 +26,8 @@ def rope_append(qkv, cos, sin, k_pages, v_pages, plan: Plan):
             f"{k_pages.dtype} on {k_pages.device}, values {list(v_pages.shape)} and a plan of {T} tokens on "
             f"{plan.slots.device}"
         )
-    if cos is not None and not (cos.shape == sin.shape and cos.shape[0] == T and cos.shape[1] <= D):
-        raise ValueError(f"cos {list(cos.shape)}, sin {list(sin.shape)}: want two of [{T}, {D} or less]")
+    if cos is not None and not (cos.shape == sin.shape and cos.shape[:2] == (T, 1) and cos.shape[2] <= D):
+        raise ValueError(f"cos {list(cos.shape)}, sin {list(sin.shape)}: want two of [{T}, 1, {D} or less]")
     if qkv.is_cuda and triton is not None:
         return launch_rope_append(qkv, cos, sin, k_pages, v_pages, plan)
     rotated = qkv[:, : N + K] if cos is None else rotate(qkv[:, : N + K], cos, sin)
@@ -37,10 +37,11 @@ def rope_append(qkv, cos, sin, k_pages, v_pages, plan: Plan):
 
 def rotate(x, cos, sin):
     """Rotary positions, differentiable: the first R numbers of each head of x [T, H, D] turned by cos and sin
-    [T, R], R <= D even: (a, b) -> (a * cos - b * sin, b * cos + a * sin), where a is the first and b the
-    second half of the R numbers. The first half of `sin` comes with its sign turned (`positions.Rotary`)."""
+    [T, 1, R] of x's dtype, R <= D even: (a, b) -> (a * cos - b * sin, b * cos + a * sin), where a is the
+    first and b the second half of the R numbers. The first half of `sin` comes with its sign turned
+    (`positions.Rotary`)."""
     R, D = cos.shape[-1], x.shape[-1]
-    turned, cos, sin = x if R == D else x[..., :R], cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
+    turned = x if R == D else x[..., :R]
     out = torch.addcmul(turned * cos, turned.roll(R // 2, -1), sin)
     return out if R == D else torch.cat((out, x[..., R:]), -1)
 
