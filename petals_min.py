@@ -3286,7 +3286,7 @@ class Block:
         return norm.add_norm(x, residual, weight, bias, eps=self.spec.eps, kind=kind)
 
     def _gated(self, both: Tensor) -> Tensor:
-        gate, up = both.chunk(2, dim=-1)
+        gate, up = both.split_with_sizes((self.spec.inner, self.spec.inner), -1)
         return norm.silu_mul(gate, up) if self.spec.act == "silu" else self.act(gate) * up
 
     def _experts(self, x: Tensor) -> Tensor:
@@ -3709,7 +3709,8 @@ class Work:
     # the executor's own
     future: asyncio.Future = field(default_factory=asyncio.Future)  # of the result; wire thread
     done: int = 0  # tokens of each row already computed
-    output: Tensor | None = None  # [B, T, H], CPU, zeros where there was padding
+    # [B, some of T, H] of each portion, CPU, zeros where there was padding
+    outputs: list[Tensor] = field(default_factory=list)
 
     @property
     def left(self) -> int:
@@ -3837,7 +3838,8 @@ class Executor(threading.Thread):
 
     def _finished(self, work: Work) -> None:
         self.steps += 1
-        wire().soon(work.settle, work.output)
+        outputs = work.outputs
+        wire().soon(work.settle, outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1))
 
     def _failed(self, work: Work, error: Exception) -> None:
         logger.warning("a step failed", exc_info=True)
@@ -3916,16 +3918,17 @@ class Executor(threading.Thread):
         between blocks, if they are not one CUDA graph. Closed there, it leaves the parts as they stand."""
         parts, indices = sorted(parts, key=lambda part: id(part.work.lora)), tuple(indices)
         rows, sizes = [row for part in parts for row in part.rows], [len(part.x) for part in parts]
-        at, x = torch.cat([part.at for part in parts]), torch.cat([part.x for part in parts])
+        x = torch.cat([part.x for part in parts])
         plain = not any(part.prompted or part.work.lora for part in parts)
         plain = plain and self._piece is None  # beside one, passes have ever new shapes
         as_graph, width = self.graphs and plain and len(x) == len(rows) <= graphs.MAX_ROWS, None
         if as_graph:
             count, width = graphs.size(len(rows), max(len(table) for table, *_ in rows))
-            at, x = (F.pad(each, (0, 0) * (each.ndim - 1) + (0, count - len(rows))) for each in (at, x))
+            x = F.pad(x, (0, 0, 0, count - len(rows)))
             rows += [([self.pool.spare], 1, 1, 1)] * (count - len(rows))
         tables, queries, lengths, finals = zip(*rows, strict=True)
         plan = attention.plan(tables, queries, lengths, PAGE, self.device, width)
+        at = torch.tensor([at for _, new, end, _ in rows for at in range(end - new, end)])
         at, x = (attention.moved(each, self.device) for each in (at, x))
         cos, sin = self.rotary(at, list(zip(queries, finals, strict=True)), self.dtype)
         if as_graph:
@@ -3987,21 +3990,18 @@ class _Part:
     rows, without padding. Executor thread."""
 
     def __init__(self, work: Work, portion: int, executor: Executor):
-        if work.output is None:  # the first pass of this step
+        if not work.outputs:  # its first pass, perhaps once more: alone, because it failed with others
             to = {"dtype": executor.dtype, "device": executor.device}
             for index, own in work.own.items():
                 work.lora[index] = block_lora(executor.places, own, **to)
             work.tables.truncate(work.start)
             if work.hypo_ids:
                 work.tables.reorder(work.hypo_ids)
-            work.output = torch.zeros(work.hidden.shape, dtype=executor.dtype)
+                work.hypo_ids = ()
         work.moments.append(time.perf_counter())
         self.work, self.tokens = work, slice(work.done, work.done + portion)
+        self.shape = len(work.hidden), portion, work.hidden.shape[2]
         low, pads = work.start + work.done, work.tables.pads
-        own = torch.arange(low, low + portion).expand(len(pads), -1)  # a row's own positions
-        own = own - torch.tensor(pads)[:, None] if any(pads) else own
-        self.real = own >= 0 if low < max(pads) else None  # [B, portion]: no padding; None: there is none
-        self.at = self._real(own)
         # of rows with tokens: table, how many, the row's length after them, after the whole step
         self.rows = []
         for row, pad in enumerate(pads):
@@ -4010,17 +4010,19 @@ class _Part:
             if new > 0:
                 table = work.tables.prepare(row, length - new, length)
                 self.rows.append((table, new, length, work.whole - pad))
-        self.x = self._real(work.hidden[:, self.tokens]).to(executor.dtype)  # on the CPU, between passes
+        self.real, P = None, work.prompts.shape[2]  # [B, portion]: no padding; None: there is none
+        if P or low < max(pads):
+            own = torch.arange(low, low + portion) - torch.tensor(pads)[:, None]  # a row's own positions
+            self.real = own >= 0
+        x = work.hidden[:, self.tokens]
+        x = x.flatten(0, 1) if self.real is None else x[self.real]
+        self.x = x.to(executor.dtype)  # [tokens, H], on the CPU, between passes
         self.ahead = work.blocks if self.rows else work.blocks[:0]  # the blocks that it has not been through
-        P, self.prompted = work.prompts.shape[2], False
+        self.prompted = False
         if P:  # for a row's first tokens in this step: [tokens] which row, which prompt (P: none)
             before = (work.start - torch.tensor(pads)[:, None]).clamp(min=0)
-            self.nth = (own >= 0).nonzero()[:, 0], self._real(own - before).clamp(max=P)
+            self.nth = self.real.nonzero()[:, 0], (own - before)[self.real].clamp(max=P)
             self.prompted = bool((self.nth[1] < P).any())
-
-    def _real(self, each: Tensor) -> Tensor:
-        """[B, portion, …] -> [tokens, …]"""
-        return each.flatten(0, 1) if self.real is None else each[self.real]
 
     def prompts(self, index: int) -> Tensor:
         """What to add to its tokens before this block; zeros to those after the prompts."""
@@ -4028,11 +4030,11 @@ class _Part:
         return given.expand(len(self.work.hidden), -1, -1)[self.nth]
 
     def finish(self) -> None:
-        output = self.work.output[:, self.tokens]
-        if self.real is None:
-            output.copy_(self.x.view(output.shape))
-        else:
+        output = self.x
+        if self.real is not None:
+            output = self.x.new_zeros(self.shape)
             output[self.real] = self.x
+        self.work.outputs.append(output.view(self.shape))
         self.work.done = self.tokens.stop
         self.work.moments.append(time.perf_counter())
 

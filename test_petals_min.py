@@ -4171,15 +4171,18 @@ def test_pushes_at_once_build_one_direct_stream(crowd, monkeypatch):
 
 def test_a_pass_runs_so_many_tensor_operations(crowd):
     """One token of one row through three blocks. What is neither a matmul nor attention is there for them; a
-    copy costs as much as a norm."""
+    copy costs as much as an addition. An operation may consist of others: PyTorch's RMSNorm of 23."""
     executor, blocks = crowd.servers[1].executor, crowd.servers[1].span
     pages = pm.wire().call(executor.pool.take(1, 64, PATIENCE))
     tables = pm.RowTables(executor.pool, pages, ())
+    watched = {}
     for start in range(3):  # the executor is idle: this thread may take its place
         work = pm.Work(blocks, torch.randn(1, 1, 48), torch.empty(3, 1, 0, 48), tables=tables, future=None)
         work.start = start
-        with Operations() as operations, torch.inference_mode():
+        watch = torch.profiler.profile() if start == 2 else Operations()
+        with watch as watched[type(watch)], torch.inference_mode():
             executor._run_pass([work])
+    operations, within = watched[Operations], watched[torch.profiler.profile].events()
     pm.wire().soon(executor.pool.give_back, pages)
     count = {name.removeprefix("aten::").split(".")[0]: n for name, n in operations.names.items()}
     # of two per block; angles come from a table, by two index_select
@@ -4188,7 +4191,7 @@ def test_a_pass_runs_so_many_tensor_operations(crowd):
     assert not count.keys() & {"clone", "_to_copy", "index_put_", "stack", "contiguous"}
     assert {name: count[name] for name in most if count.get(name, 0) > most[name]} == {}
     assert (count["linear"], count["scaled_dot_product_attention"]) == (12, 3)
-    assert sum(count.values()) <= 108, count
+    assert len(within) <= 358, Counter(event.name for event in within)
 
 
 @torch.no_grad()

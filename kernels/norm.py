@@ -12,6 +12,8 @@ The numerics are transformers' own: statistics in float32; RMSNorm is rounded be
 rounded before the product.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -39,11 +41,23 @@ def add_norm(x, residual, weight, bias=None, *, eps: float, kind: str = "rms"):
     total = x if residual is None else x + residual
     if kind == "layer":
         return total, F.layer_norm(total, weight.shape, weight, bias, eps)
-    if total.dtype == torch.float32:  # nothing is rounded: PyTorch's own operator is the same
-        return total, F.rms_norm(total, weight.shape, weight, eps)
-    wide = total.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return total, weight * wide.to(x.dtype)
+    exact = total.dtype == torch.float32  # nothing is rounded
+    if grad or total.is_cuda:
+        if exact:
+            return total, F.rms_norm(total, weight.shape, weight, eps)
+        wide = total.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    else:  # the same bits by 7 calls of PyTorch's dispatcher, of which its own operator makes 24
+        small, size = _constants(eps, total.shape[-1])
+        wide = total if exact else total.float()
+        wide = wide * torch.addcdiv(small, (wide * wide).sum(-1, keepdim=True), size).rsqrt_()
+    return total, weight * (wide if exact else wide.to(x.dtype))
+
+
+@functools.cache
+def _constants(*numbers: float) -> list[torch.Tensor]:
+    """[1] each, on the CPU: PyTorch makes a tensor of a number at every call."""
+    return [torch.tensor([number], dtype=torch.float32) for number in numbers]
 
 
 def silu_mul(gate, up):

@@ -30,9 +30,10 @@ def rope_append(qkv, cos, sin, k_pages, v_pages, plan: Plan):
         raise ValueError(f"cos {list(cos.shape)}, sin {list(sin.shape)}: want two of [{T}, 1, {D} or less]")
     if qkv.is_cuda and triton is not None:
         return launch_rope_append(qkv, cos, sin, k_pages, v_pages, plan)
-    rotated = qkv[:, : N + K] if cos is None else rotate(qkv[:, : N + K], cos, sin)
-    append(rotated[:, N:], qkv[:, N + K :], k_pages, v_pages, plan)
-    return rotated[:, :N]
+    qk, v = qkv.split_with_sizes((N + K, K), 1)
+    q, k = (qk if cos is None else rotate(qk, cos, sin)).split_with_sizes((N, K), 1)
+    append(k, v, k_pages, v_pages, plan)
+    return q
 
 
 def rotate(x, cos, sin):
