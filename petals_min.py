@@ -3904,13 +3904,12 @@ class Executor(threading.Thread):
             if piece.ahead:
                 return
             piece.finish()
-        except Exception as error:
-            self._failed(work, error)
-            prompts.remove(work)
-        else:
             if not work.left:
                 self._finished(work)
                 prompts.remove(work)
+        except Exception as error:
+            self._failed(work, error)
+            prompts.remove(work)
         self._piece = self._course = None
 
     def _run_blocks(self, parts: list[_Part], indices: Iterable[int]) -> Generator[None]:
@@ -4030,13 +4029,14 @@ class _Part:
         return given.expand(len(self.work.hidden), -1, -1)[self.nth]
 
     def finish(self) -> None:
-        output = self.x
+        output, work = self.x, self.work
         if self.real is not None:
             output = self.x.new_zeros(self.shape)
             output[self.real] = self.x
-        self.work.outputs.append(output.view(self.shape))
-        self.work.done = self.tokens.stop
-        self.work.moments.append(time.perf_counter())
+        work.done = self.tokens.stop
+        # a piece's, to be kept: a copy, for its pass may have been of others' tokens too
+        work.outputs.append((output.clone() if work.left else output).view(self.shape))
+        work.moments.append(time.perf_counter())
 
 
 # ============================================================================================================

@@ -4186,12 +4186,13 @@ def test_a_pass_runs_so_many_tensor_operations(crowd):
     pm.wire().soon(executor.pool.give_back, pages)
     count = {name.removeprefix("aten::").split(".")[0]: n for name, n in operations.names.items()}
     # of two per block; angles come from a table, by two index_select
-    most = {"cat": 2, "index": 0, "copy_": 1, "zeros": 1, "index_copy_": 6, "index_select": 2}
+    most = {"cat": 1, "index": 0, "copy_": 0, "zeros": 0, "index_copy_": 6, "index_select": 2}
     assert not count.keys() & {"cos", "sin", "repeat"}
     assert not count.keys() & {"clone", "_to_copy", "index_put_", "stack", "contiguous"}
     assert {name: count[name] for name in most if count.get(name, 0) > most[name]} == {}
     assert (count["linear"], count["scaled_dot_product_attention"]) == (12, 3)
-    assert len(within) <= 358, Counter(event.name for event in within)
+    assert sum(count.values()) <= 127, count
+    assert len(within) <= 375, Counter(event.name for event in within)  # 358 with torch 2.13
 
 
 @torch.no_grad()
@@ -4547,8 +4548,9 @@ def test_a_directory_that_cannot_be_read_is_tried_again_each_period(crowd, initi
     for _ in range(5):
         with pytest.raises(OSError, match="the network is away"):
             pm.wire().call(router.refresh())
-    until(lambda: len(tries) >= 9, what="four more tries")
-    pauses = [later - before for before, later in itertools.pairwise(tries[4:9])]
+    asked = len(tries)
+    until(lambda: len(tries) >= asked + 4, what="four more tries")
+    pauses = [later - before for before, later in itertools.pairwise(tries[asked - 1 : asked + 4])]
     assert min(pauses) > 0.15
     monkeypatch.setattr(pm, "read_directory", read)
     until(lambda: router.updated > 0, what="a reading that succeeds")
@@ -5215,6 +5217,41 @@ def test_a_token_waits_for_one_block_of_anothers_prompt_which_goes_some_way_with
     assert seen[-7:] == [(4, 16), (2, 16), (3, 16), (4, 16), (2, 8), (3, 8), (4, 8)]
     for output, due in zip(outputs, expected, strict=True):
         close(output, due)
+
+
+def test_steps_whose_pass_failed_are_tried_alone_and_their_rows_reordered_but_once(crowd, monkeypatch):
+    executor, blocks = crowd.servers[1].executor, crowd.servers[1].span
+    hidden, orders, tried = torch.randn(2, 3, 5, 48), ([1, 1, 0], [2, 0, 1]), []
+
+    def watched(block: pm.Block, x: torch.Tensor, *more) -> torch.Tensor:
+        tried.append(len(x))
+        if len(x) == 6:
+            raise ArithmeticError("together")
+        return block(x, *more)
+
+    def steps(together: bool) -> list[torch.Tensor]:
+        tables = []
+        for _ in orders:
+            pages = pm.wire().call(executor.pool.take(3, 16, PATIENCE))
+            tables.append(pm.RowTables(executor.pool, pages, ()))
+        for tokens, ids in ((slice(0, 4), ([], [])), (slice(4, 5), orders)):
+            works = []
+            for its, table, order in zip(hidden, tables, ids, strict=True):
+                prompts, future = torch.empty(3, 1, 0, 48), concurrent.futures.Future()
+                what = {"tables": table, "start": tokens.start, "hypo_ids": order, "future": future}
+                works.append(pm.Work(blocks, its[:, tokens], prompts, **what))
+            for some in [works] if together and tokens.start else [[work] for work in works]:
+                executor._turn(some)  # it is idle: this thread may take its place
+        for table in tables:
+            pm.wire().soon(executor.pool.give_back, table.own)
+        return [work.future.result(PATIENCE) for work in works]
+
+    expected = steps(together=False)
+    first = blocks.start
+    monkeypatch.setitem(executor.blocks, first, functools.partial(watched, executor.blocks[first]))
+    for output, due in zip(steps(together=True), expected, strict=True):
+        close(output, due)
+    assert tried == [12, 12, 6, 3, 3]
 
 
 @pytest.mark.parametrize("has", ["padding and deep prompts", "a LoRA"])
@@ -7406,8 +7443,13 @@ def test_norms_are_those_of_transformers(dtype):
     x, residual = torch.randn(7, 100).to(dtype), torch.randn(7, 100).to(dtype)
     theirs = LlamaRMSNorm(100, 1e-5).to(dtype)
     theirs.weight.data = torch.randn(100).to(dtype)
-    total, normed = norm.add_norm(x, residual, theirs.weight.data, eps=1e-5)
-    assert torch.equal(total, x + residual) and torch.equal(normed, theirs(x + residual).detach())
+    for wanted in (False, True):  # a gradient: then it is another way
+        total, normed = norm.add_norm(
+            x.clone().requires_grad_(wanted), residual, theirs.weight.data, eps=1e-5
+        )
+        assert torch.equal(total, x + residual) and torch.equal(normed, theirs(x + residual))
+    heads = torch.randn(7, 5, 100).to(dtype)[:, 1:4]  # as a query's lie
+    assert torch.equal(norm.add_norm(heads, None, theirs.weight.data, eps=1e-5)[1], theirs(heads))
     weight, bias = torch.randn(2, 100).to(dtype)
     total, normed = norm.add_norm(x, None, weight, bias, eps=1e-5, kind="layer")
     assert total is x and torch.equal(normed, F.layer_norm(x, (100,), weight, bias, 1e-5))

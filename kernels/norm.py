@@ -42,12 +42,12 @@ def add_norm(x, residual, weight, bias=None, *, eps: float, kind: str = "rms"):
     if kind == "layer":
         return total, F.layer_norm(total, weight.shape, weight, bias, eps)
     exact = total.dtype == torch.float32  # nothing is rounded
-    if grad or total.is_cuda:
+    if grad or total.device.type != "cpu":
         if exact:
             return total, F.rms_norm(total, weight.shape, weight, eps)
         wide = total.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    else:  # the same bits by 7 calls of PyTorch's dispatcher, of which its own operator makes 24
+    else:  # the same bits; in float32 by 7 calls of PyTorch's dispatcher, its own operator makes 24
         small, size = _constants(eps, total.shape[-1])
         wide = total if exact else total.float()
         wide = wide * torch.addcdiv(small, (wide * wide).sum(-1, keepdim=True), size).rsqrt_()
@@ -57,7 +57,7 @@ def add_norm(x, residual, weight, bias=None, *, eps: float, kind: str = "rms"):
 @functools.cache
 def _constants(*numbers: float) -> list[torch.Tensor]:
     """[1] each, on the CPU: PyTorch makes a tensor of a number at every call."""
-    return [torch.tensor([number], dtype=torch.float32) for number in numbers]
+    return [torch.tensor([number], dtype=torch.float32, device="cpu") for number in numbers]
 
 
 def silu_mul(gate, up):

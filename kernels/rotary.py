@@ -26,8 +26,11 @@ def rope_append(qkv, cos, sin, k_pages, v_pages, plan: Plan):
             f"{k_pages.dtype} on {k_pages.device}, values {list(v_pages.shape)} and a plan of {T} tokens on "
             f"{plan.slots.device}"
         )
-    if cos is not None and not (cos.shape == sin.shape and cos.shape[:2] == (T, 1) and cos.shape[2] <= D):
-        raise ValueError(f"cos {list(cos.shape)}, sin {list(sin.shape)}: want two of [{T}, 1, {D} or less]")
+    if cos is not None:
+        fits = cos.shape == sin.shape and cos.shape[:2] == (T, 1) and cos.shape[2] <= D
+        if not (fits and cos.dtype == sin.dtype == qkv.dtype):
+            came = f"cos {list(cos.shape)} {cos.dtype}, sin {list(sin.shape)} {sin.dtype}"
+            raise ValueError(f"{came}: want two of [{T}, 1, {D} or less] {qkv.dtype}")
     if qkv.is_cuda and triton is not None:
         return launch_rope_append(qkv, cos, sin, k_pages, v_pages, plan)
     qk, v = qkv.split_with_sizes((N + K, K), 1)
