@@ -7190,7 +7190,7 @@ def test_single_tokens_with_many_keys_are_the_reference(N, K, D, monkeypatch):
 def test_the_wrappers_say_what_does_not_fit():
     """What a kernel would read beyond its end, or take for another type."""
     q, k, v, *rows = cache([(2, 18)], 4, 2, 16, torch.float32)
-    plan, x, cos = attention.plan(*rows, PAGE), torch.randn(2, 64), torch.randn(2, 16)
+    plan, x, cos = attention.plan(*rows, PAGE), torch.randn(2, 64), torch.randn(2, 1, 16)
     meta, weight = torch.empty(2, 64, device="meta"), torch.ones(64)
     attend = functools.partial(attention.attend, q, scale=1.0)
     rope = functools.partial(attention.rope_append, torch.randn(2, 8, 16))
@@ -7198,7 +7198,8 @@ def test_the_wrappers_say_what_does_not_fit():
         (lambda: attend(k, v[:1], plan), "do not fit a plan"),
         (lambda: attend(k, v.to("meta"), plan), "are on .*want one device"),
         (lambda: attend(k, v, plan, slopes=torch.ones(8)), r"slopes \[8\]: want one for each of 4"),
-        (lambda: rope(cos[:1], cos[:1], k, v, plan), r"want two of \[2, 16 or less\]"),
+        (lambda: rope(cos[:1], cos[:1], k, v, plan), r"want two of \[2, 1, 16 or less\]"),
+        (lambda: rope(cos.half(), cos.half(), k, v, plan), r"float16: want two of .* torch.float32"),
         (lambda: rope(cos, cos, k, v[:1], plan), "does not fit keys .*, values"),
         (lambda: rope(cos, cos, k.to("meta"), v, plan), "on cpu does not fit keys .* on meta"),
         (lambda: norm.add_norm(x, x.half(), weight, eps=1e-5), "residual .*float16 .*want a residual like x"),
