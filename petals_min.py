@@ -241,9 +241,16 @@ class Wire(threading.Thread):
 
     def __init__(self):
         self.loop = _Loop()
+        self.loop.set_exception_handler(self._log)
         super().__init__(target=self.loop.run_forever, name="petals-wire", daemon=True)
         self.swarms = weakref.WeakValueDictionary()  # clients' swarms by their initial peers or hivemind.DHT
         self.joining = threading.Lock()  # whoever adds one
+
+    @staticmethod
+    def _log(_: asyncio.AbstractEventLoop, said: dict[str, Any]) -> None:
+        """What no task hears. hivemind leaves tasks of its own behind that failed with its daemon."""
+        level = logging.DEBUG if "never retrieved" in said["message"] else logging.ERROR
+        logger.log(level, said["message"], exc_info=said.get("exception"))
 
     def call(self, coroutine, timeout: float | None = None):
         """Run the coroutine in the wire thread and wait for its result; any thread but that one."""
@@ -4009,19 +4016,20 @@ class _Part:
             if new > 0:
                 table = work.tables.prepare(row, length - new, length)
                 self.rows.append((table, new, length, work.whole - pad))
-        self.real, P = None, work.prompts.shape[2]  # [B, portion]: no padding; None: there is none
+        # [B, portion]: which tokens are no padding; None: all, and there are no prompts
+        self.real, self.prompted, P = None, False, work.prompts.shape[2]
         if P or low < max(pads):
-            own = torch.arange(low, low + portion) - torch.tensor(pads)[:, None]  # a row's own positions
+            padding = torch.tensor(pads)[:, None]
+            own = torch.arange(low, low + portion) - padding  # a row's own positions
             self.real = own >= 0
+            # for a row's first tokens in this step: [tokens] which row, which prompt (P: none)
+            nth = own - (work.start - padding).clamp(min=0)
+            self.nth = self.real.nonzero()[:, 0], nth[self.real].clamp(max=P)
+            self.prompted = bool((self.nth[1] < P).any())
         x = work.hidden[:, self.tokens]
         x = x.flatten(0, 1) if self.real is None else x[self.real]
         self.x = x.to(executor.dtype)  # [tokens, H], on the CPU, between passes
         self.ahead = work.blocks if self.rows else work.blocks[:0]  # the blocks that it has not been through
-        self.prompted = False
-        if P:  # for a row's first tokens in this step: [tokens] which row, which prompt (P: none)
-            before = (work.start - torch.tensor(pads)[:, None]).clamp(min=0)
-            self.nth = self.real.nonzero()[:, 0], (own - before)[self.real].clamp(max=P)
-            self.prompted = bool((self.nth[1] < P).any())
 
     def prompts(self, index: int) -> Tensor:
         """What to add to its tokens before this block; zeros to those after the prompts."""

@@ -997,6 +997,27 @@ def test_the_dtype_is_the_checkpoints_unless_one_asks_for_another(tmp_path):
         load(dtype=torch.int8)
 
 
+def test_what_hivemind_leaves_behind_is_no_noise_and_what_we_break_is_said(caplog):
+    """A task that failed, and that nobody waited for, in the wire thread; a callback's own error."""
+    caplog.set_level("DEBUG")
+
+    async def lost() -> None:
+        raise ConnectionResetError("lost with its daemon")
+
+    async def leave() -> None:
+        await asyncio.wait([asyncio.get_running_loop().create_task(lost())])
+
+    def said(text: str) -> list[tuple[str, str]]:
+        gc.collect()
+        return [(each.name, each.levelname) for each in caplog.records if text in str(each.exc_info)]
+
+    pm.wire().call(leave())
+    pm.wire().soon(lambda: 1 / 0)
+    until(lambda: said("lost with") and said("ZeroDivision"), what="what is said of both")
+    assert said("lost with") == [("petals_min", "DEBUG")]
+    assert said("ZeroDivision") == [("petals_min", "ERROR")]
+
+
 # ============================================================================================================
 # 4-5  Wire, direct streams
 # ============================================================================================================
