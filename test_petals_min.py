@@ -5275,6 +5275,29 @@ def test_steps_whose_pass_failed_are_tried_alone_and_their_rows_reordered_but_on
     assert tried == [12, 12, 6, 3, 3]
 
 
+@torch.no_grad()
+def test_a_prompt_whose_outputs_cannot_be_joined_fails_alone(crowd, initial_peers, monkeypatch):
+    """For want of memory, say: it is tried again, and the executor goes on."""
+    executor, refused = crowd.servers[1].executor, []
+    finished, hidden = executor._finished, torch.randn(1, 40, 48)
+    layers = another_model(crowd, initial_peers, max_retries=1, min_backoff=0.01).model.layers[2:]
+    expected = layers(hidden)
+    monkeypatch.setattr(pm, "STUCK_SECONDS", 1.0)
+
+    def once(work: pm.Work) -> None:
+        if len(work.outputs) > 1 and not refused:
+            refused.append([len(part[0]) for part in work.outputs])
+            raise MemoryError("no room for the whole")
+        finished(work)
+
+    monkeypatch.setattr(executor, "_finished", once)
+    monkeypatch.setattr(executor, "piece_tokens", 16)
+    with layers.inference_session(max_length=40) as session:
+        close(session.step(hidden), expected)
+    assert refused == [[16, 16, 8]] and executor.is_alive()
+    free_again(crowd.servers[1])
+
+
 @pytest.mark.parametrize("has", ["padding and deep prompts", "a LoRA"])
 def test_a_prompt_that_goes_with_anothers_token_computes_what_it_computes_alone(
     crowd, initial_peers, monkeypatch, has

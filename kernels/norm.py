@@ -55,9 +55,9 @@ def add_norm(x, residual, weight, bias=None, *, eps: float, kind: str = "rms"):
 
 
 @functools.cache
-def _constants(*numbers: float) -> list[torch.Tensor]:
+def _constants(*numbers: float) -> tuple[torch.Tensor, ...]:
     """[1] each, on the CPU: PyTorch makes a tensor of a number at every call."""
-    return [torch.tensor([number], dtype=torch.float32, device="cpu") for number in numbers]
+    return tuple(torch.tensor([number], dtype=torch.float32, device="cpu") for number in numbers)
 
 
 def silu_mul(gate, up):
