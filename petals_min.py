@@ -123,6 +123,7 @@ from hivemind.dht.node import DHTID, DHTNode  # noqa: E402
 from hivemind.p2p import P2P, P2PContext, P2PHandlerError, PeerID, ServicerBase  # noqa: E402
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo  # noqa: E402
 from hivemind.proto import dht_pb2, runtime_pb2  # noqa: E402
+from hivemind.proto.p2pd_pb2 import RPCError  # noqa: E402
 from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID  # noqa: E402
 from hivemind.utils import MSGPackSerializer, get_dht_time  # noqa: E402
 from hivemind.utils.multiaddr import Multiaddr  # noqa: E402
@@ -152,7 +153,7 @@ MAX_UNARY_BYTES = 4 * 2**20 - 2**18  # hivemind's unary calls fail above 4 MiB (
 STREAM_BYTES, PART_BYTES = 2**20, 4 * 2**20
 KEEPALIVE_SECONDS = 45  # after which libp2p has noticed that a connection is dead
 MAX_MET = 16  # peers that a node greets again
-MAX_MESSAGE_BYTES = 2**30  # that a client takes
+MAX_MESSAGE_BYTES = 2**30  # that anybody takes
 OFFLOAD_BYTES = 2**18  # larger payloads are (de)serialized outside the wire thread's loop
 # Seconds, as in Petals: between two steps of a session, and its whole life.
 STEP_TIMEOUT, SESSION_TIMEOUT = 5 * 60.0, 30 * 60.0
@@ -901,13 +902,18 @@ class Stream:
     async def readexactly(self, count: int) -> bytes:
         """What hivemind reads by, in pieces, so that a slow answer is seen to come."""
         expect(count <= MAX_MESSAGE_BYTES, f"a message of {MAX_MESSAGE_BYTES} bytes at most", count)
-        pieces = []
+        pieces, large = [], count > OFFLOAD_BYTES
         while count:
             pieces.append(await self.reader.read(min(count, OFFLOAD_BYTES)))
             if not pieces[-1]:
                 raise asyncio.IncompleteReadError(b"", count)
-            count, self.arrived = count - len(pieces[-1]), self.arrived + len(pieces[-1])
+            count -= len(pieces[-1])
+            self._note(len(pieces[-1]), large)
         return b"".join(pieces)
+
+    def _note(self, size: int, large: bool) -> None:
+        """So many bytes came, of a message that is large or not."""
+        self.arrived += size
 
     async def receive(self, kind: type) -> Any:
         """The next message; PeerError if the peer reports an error or the stream ends."""
@@ -4168,7 +4174,10 @@ MAX_PUSHES, MAX_PUSH_BYTES = 16, 2**28  # held until their turn: per session, in
 MAX_PUSHING = 4  # of a session's outputs: to a next server that takes none
 MAX_SEEN = 1024  # step ids that a session remembers
 MAX_REQUEST_BYTES = 2**27  # as float32, of the hidden states of a forward or backward request of several rows
-MAX_HELD_BYTES = 2**30  # of forward and backward requests; and as much of sessions that wait for room
+# Of forward and backward requests; as much of sessions that wait for room; and as much in each handler's
+# streams, of large messages that come or are not done with.
+MAX_HELD_BYTES = 2**30
+READ_AHEAD = 5  # messages of a stream
 MAX_METADATA_BYTES = 2**18
 MAX_LORA_BYTES = 2**30  # of clients' own LoRA, in all sessions together
 REQUEST_TIMEOUT = 3 * 60.0  # seconds in which a streamed request must be here, as in Petals
@@ -4212,6 +4221,56 @@ async def _next_of(requests: Requests) -> tuple[ExpertRequest, dict] | None:
     async for request in requests:
         return (request, checked_metadata(request)) if request.tensors else None
     return None
+
+
+class Incoming(Stream):
+    """A stream that a peer opened. Some of its messages are read ahead, as hivemind does, so that its end is
+    noticed while nobody asks for the next: then `gone` is called. What large ones take is held (`hold`, which
+    may raise) from when it comes until the next is asked for. Wire thread."""
+
+    def __init__(self, info: StreamInfo, reader, writer, kind: type, hold: Callable[[int], None], gone):
+        super().__init__(info.peer_id, reader, writer, str(info.addr))
+        self.kind, self.hold, self.gone = kind, hold, gone
+        self.held = self.fresh = 0  # bytes of all its messages, of the one that comes
+        # (a message, None: no more, or an error; its part of what is held)
+        self.coming: asyncio.Queue = asyncio.Queue(READ_AHEAD)
+        self.reading = _spawn(self._read())
+
+    def _note(self, size: int, large: bool) -> None:
+        super()._note(size, large)
+        if large:
+            self.hold(size)
+            self.held, self.fresh = self.held + size, self.fresh + size
+
+    async def _read(self) -> None:
+        message = None
+        while not isinstance(message, Exception):
+            self.fresh = 0
+            try:
+                message, _ = await P2P.receive_protobuf(self.kind, self)
+            except (asyncio.IncompleteReadError, OSError):
+                return self.gone()
+            except PetalsError as error:
+                message = error
+            except Exception as error:
+                message = ValueError(f"expected an {self.kind.__name__}: {_first_line(error)}")
+            await self.coming.put((message, self.fresh))
+        return None
+
+    async def messages(self) -> AsyncIterator[Any]:
+        while True:
+            message, size = await self.coming.get()
+            if isinstance(message, Exception):
+                raise message
+            if message is None:
+                return
+            yield message
+            self.hold(-size)
+            self.held -= size
+
+    def leave(self) -> None:
+        self.reading.cancel()
+        self.hold(-self.held)
 
 
 class ServerSession:
@@ -4297,18 +4356,33 @@ class TransformerConnectionHandler(ServicerBase):
         self.roads = Roads(server.swarm.p2p)
 
     async def add_p2p_handlers(self, p2p: P2P, *args, **kwargs) -> None:
-        """As hivemind's, but no stream is closed right behind its last message: hivemind's daemon then loses
-        that message now and then (1 in 1,000, hivemind 1.1.12 alone; none of 6,000 closed 20 ms later)."""
+        """As hivemind's, but streams are for `_serve`."""
         await super().add_p2p_handlers(p2p, *args, **kwargs)
         handlers = p2p._client.control.handlers
         for name in handlers:
-            handlers[name] = functools.partial(self._linger, handlers[name])
+            handlers[name] = functools.partial(self._serve, name)
 
-    @staticmethod
-    async def _linger(handler: Callable, info: StreamInfo, reader, writer: asyncio.StreamWriter) -> None:
-        later = asyncio.get_running_loop().call_later
-        writer.close = lambda close=writer.transport.close: later(LINGER_SECONDS, close)
-        await handler(info, reader, writer)
+    async def _serve(self, name: str, info: StreamInfo, reader, writer: asyncio.StreamWriter) -> None:
+        """Answer one stream. hivemind would read five messages ahead, of any length, and close right behind
+        its last one, which its daemon then loses now and then (1 in 1,000, hivemind 1.1.12 alone; none of
+        6,000 closed 20 ms later)."""
+        rpc, task = getattr(self, name.removeprefix(f"{HANDLER}.")), asyncio.current_task()
+        kind = ExpertUID if rpc == self.rpc_direct else ExpertRequest
+        hold = functools.partial(self._hold, kind=name)
+        stream = Incoming(info, reader, writer, kind, hold, task.cancel)
+        context = P2PContext(name, self.server.swarm.peer_id, info.peer_id)
+        try:
+            async with contextlib.aclosing(rpc(stream.messages(), context)) as responses:
+                async for response in responses:
+                    await stream.send(response)
+        except Exception as error:
+            due = isinstance(error, (PetalsError, ValueError, asyncio.TimeoutError))
+            logger.log(logging.DEBUG if due else logging.WARNING, "%s failed", name, exc_info=True)
+            with contextlib.suppress(PeerError):
+                await stream.send(RPCError(message=str(error) or type(error).__name__))
+        finally:
+            stream.leave()
+            asyncio.get_running_loop().call_later(LINGER_SECONDS, writer.close)
 
     # ---- checks: everything a stranger sends passes here
 
@@ -4387,14 +4461,17 @@ class TransformerConnectionHandler(ServicerBase):
     @contextlib.contextmanager
     def _holding(self, size: int, kind: str) -> Iterator[None]:
         """While so many bytes wait, are computed and answered: of each kind there may only be so much."""
+        self._hold(size, kind)
+        try:
+            yield
+        finally:
+            self._hold(-size, kind)
+
+    def _hold(self, size: int, kind: str) -> None:
         held = self.held[kind]
         if held + size > MAX_HELD_BYTES:
             raise AllocationFailed(f"no room for {size} bytes: {held} of {MAX_HELD_BYTES} are held by {kind}")
         self.held[kind] += size
-        try:
-            yield
-        finally:
-            self.held[kind] -= size
 
     async def _forward(self, request: ExpertRequest, context: P2PContext) -> ExpertResponse:
         backward, client = "rpc_backward" in context.handle_name, context.remote_id

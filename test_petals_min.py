@@ -3743,6 +3743,59 @@ def test_what_a_stranger_sends_is_checked(recorded_servers, monkeypatch):
     free_again(server)
 
 
+def test_what_large_messages_take_is_bounded(recorded_servers, monkeypatch):
+    """Of a message only so much is read as all may hold together; what goes on meanwhile, does; all is given
+    back when a peer leaves, who then need not wait for room any more."""
+    server = recorded_servers["0:2"]
+    stranger, uid = Stranger(server_addresses(server), str(server.swarm.peer_id)), f"{PREFIX}.0 {PREFIX}.1"
+    absent, terms = [pm.NOTHING, pm.NO_IDS], {"max_length": 8192, "alloc_timeout": 60.0}
+    monkeypatch.setattr(pm, "MAX_HELD_BYTES", 3 * 2**19)
+    held, kind = server.handler.held, "TransformerConnectionHandler.rpc_inference"
+    in_loop = pm.wire().loop.call_soon_threadsafe
+
+    def begin(number: int, count: int, *data: bytes) -> None:
+        """So many bytes are announced, and some of them come."""
+        in_loop(stranger.stream(number)[1].writelines, [b"\0", count.to_bytes(8, "big"), *data])
+
+    begin(0, 2**30 + 1)
+    assert "1073741824 bytes at most; 1073741825 came" in str(stranger.receive(0))
+    begin(1, 4, b"none")
+    assert "expected an ExpertRequest" in str(stranger.receive(1))
+    in_loop(stranger.stream(2)[1].write, b"\7")
+    assert "expected an ExpertRequest" in str(stranger.receive(2))
+    stranger.send(3, pm.pack_request(uid, [torch.randn(2, 1, 32), *absent], terms))  # takes all room
+    assert stranger.receive(3).tensors
+    begin(4, 2**30, bytes(2**20))  # and no more comes
+    until(lambda: held[kind] == 2**20, what="its arrival")
+    begin(5, 2**30, bytes(2**20))
+    assert re.search(rf"no room for \d+ bytes: \d+ of .* are held by {kind}", str(stranger.receive(5)))
+    assert held[kind] == 2**20  # the other's
+    step = pm.pack_request(uid, [torch.randn(2, 1, 32), *absent], {})
+    stranger.send(3, step)
+    assert stranger.receive(3).tensors
+    in_loop(stranger.stream(4)[1].close)
+    until(lambda: held[kind] == 0, what="the end of the fourth stream")
+    stranger.send(6, pm.pack_request(uid, [torch.randn(1, 1, 32), *absent], terms))
+    large = pm.pack_request(uid, [torch.randn(1, 4096, 32), *absent], {})
+    stranger.send(6, large)
+    until(lambda: held[kind] > 2**19 and server.pool.waiting, what="a large step's arrival")
+    in_loop(stranger.stream(6)[1].close)
+    until(lambda: held[kind] == 0 and not server.pool.waiting, seconds=20, what="the end of its waiting")
+    in_loop(stranger.stream(3)[1].close)
+    free_again(server)
+    stranger.send(7, pm.pack_request(uid, [torch.randn(1, 1, 32), *absent], terms))
+    stranger.receive(7)
+    for _ in range(3):  # each by itself is not too much, and one after the other's answer neither
+        stranger.send(
+            7, pm.pack_request(uid, [torch.randn(1, 2048, 32), *absent], {"start_from_position": 0})
+        )
+        stranger.send(7, large)
+        assert stranger.receive(7).tensors and stranger.receive(7).tensors
+    stranger.close()
+    free_again(server)
+    assert set(held.values()) == {0}
+
+
 def test_a_stream_ends_some_time_after_its_last_message(recorded_servers, monkeypatch):
     """hivemind's daemon loses what a stream that is closed at once has said last, one time in a thousand."""
     monkeypatch.setattr(pm, "LINGER_SECONDS", 0.5)
