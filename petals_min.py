@@ -4010,7 +4010,7 @@ class _Part:
             if work.hypo_ids:
                 work.tables.reorder(work.hypo_ids)
                 work.hypo_ids = ()
-        work.moments.append(time.perf_counter())
+        self.began = time.perf_counter()
         self.work, self.tokens = work, slice(work.done, work.done + portion)
         self.shape = len(work.hidden), portion, work.hidden.shape[2]
         low, pads = work.start + work.done, work.tables.pads
@@ -4050,7 +4050,7 @@ class _Part:
         work.done = self.tokens.stop
         # a piece's, to be kept: a copy, for its pass may have been of others' tokens too
         work.outputs.append((output.clone() if work.left else output).view(self.shape))
-        work.moments.append(time.perf_counter())
+        work.moments += [self.began, time.perf_counter()]
 
 
 # ============================================================================================================

@@ -5296,10 +5296,12 @@ def test_a_token_waits_for_one_block_of_anothers_prompt_which_goes_some_way_with
 def test_steps_whose_pass_failed_are_tried_alone_and_their_rows_reordered_but_once(crowd, monkeypatch):
     executor, blocks = crowd.servers[1].executor, crowd.servers[1].span
     hidden, orders, tried = torch.randn(2, 3, 5, 48), ([1, 1, 0], [2, 0, 1]), []
+    traces: list[list[dict]] = []
 
     def watched(block: pm.Block, x: torch.Tensor, *more) -> torch.Tensor:
         tried.append(len(x))
         if len(x) == 6:
+            time.sleep(0.3)
             raise ArithmeticError("together")
         return block(x, *more)
 
@@ -5318,6 +5320,7 @@ def test_steps_whose_pass_failed_are_tried_alone_and_their_rows_reordered_but_on
                 executor._turn(some)  # it is idle: this thread may take its place
         for table in tables:
             pm.wire().soon(executor.pool.give_back, table.own)
+        traces.append([work.trace() for work in works])
         return [work.future.result(PATIENCE) for work in works]
 
     expected = steps(together=False)
@@ -5326,6 +5329,8 @@ def test_steps_whose_pass_failed_are_tried_alone_and_their_rows_reordered_but_on
     for output, due in zip(steps(together=True), expected, strict=True):
         close(output, due)
     assert tried == [12, 12, 6, 3, 3]
+    # the pass that failed was waiting, to them
+    assert all(trace["queue"] > 0.3 > trace["compute"] > 0 for trace in traces[-1])
 
 
 @torch.no_grad()
