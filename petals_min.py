@@ -3542,6 +3542,14 @@ class AdapterCheckpoint:
         (folder / "adapter_config.json").write_text(json.dumps(said, indent=2))
         save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
+    def largest(self) -> int:
+        """How many numbers it adds to a block, at most."""
+        tensors = (
+            [name for both in block.values() for name in both.values()] for block in self.found.values()
+        )
+        shape = self.checkpoint.shape
+        return max((sum(math.prod(shape(name)) for name in names) for names in tensors), default=0)
+
     def load(self, index: int, places: dict[str, lora.Place], **to: Any) -> BlockLora:
         """What it adds to one block."""
         parts = []
@@ -4732,11 +4740,12 @@ class Server:
         self.swarm = self.info = self.executor = self.handler = self._announcing = None  # until `start`
 
     def _as_many_as_fit(self) -> int:
-        """How many blocks, each with its cache, free memory holds beside one that is being quantized. A tenth
-        of it is left to activations."""
+        """How many blocks, each with its cache and what adapters add to it, free memory holds beside one that
+        is being quantized. A tenth of it is left to activations."""
         tensors, size = block_tensors(self.config, 0).values(), self.dtype.itemsize
         count = sum(math.prod(shape) for _, shape in itertools.chain(*tensors))
         weights = count * matmul.BYTES.get(self.kind, size)
+        weights += size * sum(adapter.largest() for adapter in self._adapters)
         spec = family_of(self.config).spec(self.config, 0)
         cache = 2 * self.attn_cache_tokens * spec.kv_heads * spec.head_dim * size
         room = 0.9 * free_memory(self.device) - count * size

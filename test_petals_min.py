@@ -5678,6 +5678,13 @@ def test_without_num_blocks_a_server_takes_what_memory_holds(tmp_path, monkeypat
     small = 4 * weights + 2.5 * (0.5625 * weights + 4 * cache)
     assert taken(small / 0.9, quant_type="int4") == 2 and taken(small / 0.9) == 1
     assert taken(1e9) == LAYERS
+    make_adapter(make_model("llama"), tmp_path / "some")
+    tensors = load_file(tmp_path / "some" / "adapter_model.safetensors").values()
+    most = int(
+        0.25 * (weights + cache) / (sum(t.numel() for t in tensors) / LAYERS)
+    )  # beside 2 of 2.5 blocks
+    assert taken(room / 0.9, adapters=[tmp_path / "some"] * most) == 2
+    assert taken(room / 0.9, adapters=[tmp_path / "some"] * (most + 1)) == 1
     with pytest.raises(ValueError, match="no block fits.*--quant_type int4"):
         taken(4 * weights)
 
