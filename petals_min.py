@@ -3282,21 +3282,22 @@ class Block:
 
     def __init__(self, spec: BlockSpec, weights: dict[str, Tensor | matmul.Weight]):
         self.spec, self.weights, self.device = spec, weights, weights["norm1.weight"].device
+        names = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
+        self.pairs = {name: (weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in names}
+        self.norm = functools.partial(norm.add_norm, eps=spec.eps, kind="rms" if spec.rms_norm else "layer")
         self.act = transformers.activations.ACT2FN[spec.act]
         slopes = positions.alibi_slopes(spec.heads, spec.alibi).to(self.device) if spec.alibi else None
         self.attention = {"scale": spec.head_dim**-0.5, "slopes": slopes, "window": spec.window}
 
     def _linear(self, name: str, x: Tensor, adapted: Adapted = ()) -> Tensor:
-        out = matmul.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
+        out = matmul.linear(x, *self.pairs[name])
         if not adapted:
             return out
         return lora.add(out, x, [(rows, each) for rows, its in adapted for each in its.get(name, ())])
 
     def _norm(self, name: str, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x + residual, and its norm."""
-        weight, bias = self.weights[name + ".weight"], self.weights.get(name + ".bias")
-        kind = "rms" if self.spec.rms_norm else "layer"
-        return norm.add_norm(x, residual, weight, bias, eps=self.spec.eps, kind=kind)
+        return self.norm(x, residual, *self.pairs[name])
 
     def _gated(self, both: Tensor) -> Tensor:
         gate, up = both.split_with_sizes((self.spec.inner, self.spec.inner), -1)
@@ -3327,12 +3328,12 @@ class Block:
         N, K, D = self.spec.heads, self.spec.kv_heads, self.spec.head_dim
         _, normed = self._norm("norm1", x)
         qkv = self._linear("qkv", normed, adapted).view(-1, N + 2 * K, D)
-        if "q_norm.weight" in self.weights:
+        if "q_norm" in self.pairs:
             q, k, v = qkv.split([N, K, K], dim=1)
             qkv = torch.cat([self._norm("q_norm", q)[1], self._norm("k_norm", k)[1], v], dim=1)
         attended = self._linear("out", attend(self, qkv).reshape(-1, N * D), adapted)
         if self.spec.parallel:
-            other = self._norm("norm2", x)[1] if "norm2.weight" in self.weights else normed
+            other = self._norm("norm2", x)[1] if "norm2" in self.pairs else normed
             return x + (self._mlp(other, adapted) + attended)
         x, after = self._norm("norm2", attended, normed if self.spec.norm_residual else x)
         return (after if self.spec.norm_residual else x) + self._mlp(after, adapted)
@@ -3739,7 +3740,7 @@ class Work:
 
     @property
     def tokens_left(self) -> int:
-        return self.left * len(self.hidden)
+        return self.left * self.hidden.shape[0]
 
     def trace(self) -> dict[str, float]:
         """Seconds that it waited and that its passes took."""
@@ -3937,11 +3938,11 @@ class Executor(threading.Thread):
         """Some blocks for the tokens of all these parts at once, those of one adapter side by side; pauses
         between blocks, if they are not one CUDA graph. Closed there, it leaves the parts as they stand."""
         parts, indices = sorted(parts, key=lambda part: id(part.work.lora)), tuple(indices)
-        rows, sizes = [row for part in parts for row in part.rows], [len(part.x) for part in parts]
+        rows, sizes = [row for part in parts for row in part.rows], [part.x.shape[0] for part in parts]
         x = torch.cat([part.x for part in parts])
         plain = not any(part.prompted or part.work.lora for part in parts)
         plain = plain and self._piece is None  # beside one, passes have ever new shapes
-        as_graph, width = self.graphs and plain and len(x) == len(rows) <= graphs.MAX_ROWS, None
+        as_graph, width = self.graphs and plain and x.shape[0] == len(rows) <= graphs.MAX_ROWS, None
         if as_graph:
             count, width = graphs.size(len(rows), max(len(table) for table, *_ in rows))
             x = F.pad(x, (0, 0, 0, count - len(rows)))
@@ -3958,7 +3959,8 @@ class Executor(threading.Thread):
         else:
             runs: dict[int, list] = {}  # of tokens with one LoRA: that, where they begin and end
             for part, end in zip(parts, itertools.accumulate(sizes), strict=True):
-                runs.setdefault(id(part.work.lora), [part.work.lora, end - len(part.x), end])[2] = end
+                if part.work.lora:
+                    runs.setdefault(id(part.work.lora), [part.work.lora, end - part.x.shape[0], end])[2] = end
             prompted = any(part.prompted for part in parts)
             with contextlib.suppress(GeneratorExit):
                 for index in indices:
@@ -4020,7 +4022,8 @@ class _Part:
                 work.hypo_ids = ()
         self.began = time.perf_counter()
         self.work, self.tokens = work, slice(work.done, work.done + portion)
-        self.shape = len(work.hidden), portion, work.hidden.shape[2]
+        rows, _, size = work.hidden.shape
+        self.shape = rows, portion, size
         low, pads = work.start + work.done, work.tables.pads
         # of rows with tokens: table, how many, the row's length after them, after the whole step
         self.rows = []

@@ -42,18 +42,18 @@ def attend(q, k_pages, v_pages, plan: Plan, *, scale: float, slopes=None, window
     scores. All other tensors on one device, q and the pools of one dtype (float32, float16, bfloat16);
     ValueError says what does not fit.
     """
-    T, N, D = q.shape
-    if plan.tokens != T or k_pages.shape != v_pages.shape or k_pages.shape[1] != plan.page:
+    (T, N, D), (_, page, K, size) = q.shape, k_pages.shape
+    if plan.tokens != T or k_pages.shape != v_pages.shape or page != plan.page:
         raise ValueError(
             f"q {list(q.shape)}, pools {list(k_pages.shape)} and {list(v_pages.shape)} do not fit a plan of "
             f"{plan.tokens} tokens and pages of {plan.page}"
         )
     if slopes is not None and slopes.shape != (N,):
         raise ValueError(f"slopes {list(slopes.shape)}: want one for each of {N} heads")
-    devices = {q.device, k_pages.device, v_pages.device, plan.slots.device}
-    if len(devices) > 1:
+    if not q.device == k_pages.device == v_pages.device == plan.slots.device:
+        devices = {q.device, k_pages.device, v_pages.device, plan.slots.device}
         raise ValueError(f"q, pools and plan are on {', '.join(map(str, devices))}: want one device")
-    if k_pages.shape[3] != D or N % k_pages.shape[2] or not q.dtype == k_pages.dtype == v_pages.dtype:
+    if size != D or N % K or not q.dtype == k_pages.dtype == v_pages.dtype:
         raise ValueError(
             f"q {list(q.shape)} {q.dtype} does not fit keys {list(k_pages.shape)} {k_pages.dtype} and values "
             f"{v_pages.dtype}: want one head dim, one dtype, and query heads a multiple of key heads"
@@ -72,15 +72,15 @@ def attend(q, k_pages, v_pages, plan: Plan, *, scale: float, slopes=None, window
 def _attend_group(q, k_pages, v_pages, plan, group, scale, slopes, window):
     """One group, in query tiles; q [B * Q, N, D]. The G query heads of one key head become further queries of
     it, so that a key is read once and not G times."""
-    (T, N, _), (K, D) = q.shape, k_pages.shape[2:]
+    (T, N, D), (_, _, K, _) = q.shape, k_pages.shape
     B, Q, S, G = group.rows, group.queries, group.length, N // K
     if Q == 1:
         low = 0 if window is None else max(0, S - window)
         keys, values = view(k_pages, group, low, S), view(v_pages, group, low, S)
         mask = None if slopes is None else _mask(plan, Q, low, S, S - 1, G, scale, slopes, window, q)
         q = q.reshape(B, K, G, D)
-        runs = group.ids is None and q.device.type == "cpu" and q.dtype == torch.float32
-        if not runs or K * (S - low) * D < MANY_KEYS:
+        few = K * (S - low) * D < MANY_KEYS
+        if few or group.ids is not None or not q.is_cpu or q.dtype != torch.float32:
             return sdpa(q, keys, values, attn_mask=mask, scale=scale).reshape(T, N, D)
         rows = [_of_a_token(*row, mask, scale) for row in zip(q, keys, values, strict=True)]
         return torch.cat(rows).reshape(T, N, D)

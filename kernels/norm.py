@@ -26,8 +26,9 @@ def add_norm(x, residual, weight, bias=None, *, eps: float, kind: str = "rms"):
     version."""
     if kind not in ("rms", "layer"):
         raise ValueError(f"norm kind {kind!r}: want 'rms' or 'layer'")
-    alike = residual is None or (residual.shape, residual.dtype) == (x.shape, x.dtype)
-    if not alike or weight.shape != x.shape[-1:] or weight.device != x.device:
+    H = x.shape[-1]
+    alike = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
+    if not alike or weight.shape != (H,) or weight.device != x.device:
         other = None if residual is None else f"{list(residual.shape)} {residual.dtype}"
         raise ValueError(
             f"x {list(x.shape)} {x.dtype} on {x.device}, residual {other} and weight {list(weight.shape)} on "
@@ -42,13 +43,13 @@ def add_norm(x, residual, weight, bias=None, *, eps: float, kind: str = "rms"):
     if kind == "layer":
         return total, F.layer_norm(total, weight.shape, weight, bias, eps)
     exact = total.dtype == torch.float32  # nothing is rounded
-    if grad or total.device.type != "cpu":
+    if grad or not total.is_cpu:
         if exact:
             return total, F.rms_norm(total, weight.shape, weight, eps)
         wide = total.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     else:  # the same bits; in float32 by 7 calls of PyTorch's dispatcher, its own operator makes 24
-        small, size = _constants(eps, total.shape[-1])
+        small, size = _constants(eps, H)
         wide = total if exact else total.float()
         wide = wide * torch.addcdiv(small, (wide * wide).sum(-1, keepdim=True), size).rsqrt_()
     return total, weight * (wide if exact else wide.to(x.dtype))
@@ -62,7 +63,7 @@ def _constants(*numbers: float) -> tuple[torch.Tensor, ...]:
 
 def silu_mul(gate, up):
     """silu(gate) * up; both [T, I] of one dtype, and may be the halves of one [T, 2I] tensor."""
-    if (gate.shape, gate.dtype, gate.device) != (up.shape, up.dtype, up.device):
+    if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
         raise ValueError(
             f"gate {list(gate.shape)} {gate.dtype} on {gate.device} and up {list(up.shape)} {up.dtype} on "
             f"{up.device} differ"

@@ -11,12 +11,14 @@ all layers, in the form each device wants: on CUDA three int32 tensors that the 
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
+from . import triton
 
-@dataclass(frozen=True)
-class Group:
+
+class Group(NamedTuple):
     """Consecutive rows of one shape whose keys are one view of the pool (`ids` is None) or one gather
     (`ids`)."""
 
@@ -29,7 +31,7 @@ class Group:
     ids: torch.Tensor | None  # [rows * pages of a row] int64: the pages to gather
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: that takes thrice the time to make
 class Plan:
     """What one executor pass needs to know that does not depend on the layer; built once, used by all
     layers."""
@@ -41,12 +43,8 @@ class Plan:
     width: int  # pages of the widest row; fixed when the plan belongs to a CUDA graph
     tokens: int
     slots: torch.Tensor  # [T] int64: where each token's key and value go in the flattened pool
+    groups: list[Group]  # the rows as few calls of PyTorch's attention; none where the kernels run
     masks: dict = field(default_factory=dict)  # CPU: additive masks, made by the first layer that needs them
-
-    @cached_property
-    def groups(self) -> tuple[Group, ...]:
-        """CPU: the rows as few calls of PyTorch's attention."""
-        return _groups(self)
 
     @cached_property
     def index(self) -> torch.Tensor:
@@ -104,14 +102,17 @@ def plan(
     if width is not None and width < needed:
         raise ValueError(f"a width of {width} pages is too little for a row of {needed}")
     tokens = moved(torch.tensor(slots, dtype=torch.int64), device)
-    made = Plan(tables, list(queries), list(lengths), page_size, width or needed, len(slots), tokens)
-    _ = made.views if tokens.is_cuda else made.groups  # now, while the caller's lists are what they are
+    with_kernels = tokens.is_cuda and triton is not None
+    groups = [] if with_kernels else _groups(tables, queries, lengths, page_size, device)
+    sizes = page_size, width or needed, len(slots)
+    made = Plan(tables, list(queries), list(lengths), *sizes, tokens, groups)
+    _ = with_kernels and made.views  # now, while the caller's lists are what they are
     return made
 
 
 def moved(tensor: torch.Tensor, device) -> torch.Tensor:
     """A CPU tensor on a device, without waiting for what the device does: through pinned memory."""
-    if torch.device(device).type != "cuda":
+    if tensor.device == device or torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
@@ -125,8 +126,9 @@ def in_order(*pools) -> None:
 
 def append(k, v, k_pages, v_pages, plan: Plan) -> None:
     """Write this pass's keys and values, each [T, K, D], into the pools [pages, page, K, D], in place."""
-    k_pages.view(-1, *k_pages.shape[2:]).index_copy_(0, plan.slots, k)
-    v_pages.view(-1, *v_pages.shape[2:]).index_copy_(0, plan.slots, v)
+    _, _, K, D = k_pages.shape
+    k_pages.view(-1, K, D).index_copy_(0, plan.slots, k)
+    v_pages.view(-1, K, D).index_copy_(0, plan.slots, v)
 
 
 def view(pages, group: Group, low: int, high: int):
@@ -141,13 +143,13 @@ def view(pages, group: Group, low: int, high: int):
     return rows[:, low:high].transpose(1, 2)
 
 
-def _groups(plan: Plan) -> tuple[Group, ...]:
+def _groups(tables, queries, lengths, page: int, device) -> list[Group]:
     """Join consecutive rows of equal shape: whole runs at an equal stride become one view, fragmented ones a
     gather."""
     found: list[list] = []  # [rows, queries, length, token, first page or None, stride or None, page ids]
     token = 0
-    for table, new, length in zip(plan.tables, plan.queries, plan.lengths, strict=True):
-        pages = list(table[: -(-length // plan.page)])
+    for table, new, length in zip(tables, queries, lengths, strict=True):
+        pages = list(table[: -(-length // page)])
         first = pages[0] if pages == list(range(pages[0], pages[0] + len(pages))) else None
         last = found[-1] if found else None
         joins = (
@@ -165,6 +167,6 @@ def _groups(plan: Plan) -> tuple[Group, ...]:
         token += new
     made = []
     for rows, new, length, at, first, stride, ids in found:
-        gathered = None if first is not None else torch.tensor(ids).to(plan.slots.device)
+        gathered = None if first is not None else torch.tensor(ids).to(device)
         made.append(Group(rows, new, length, at, first or 0, stride or 0, gathered))
-    return tuple(made)
+    return made

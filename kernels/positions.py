@@ -48,11 +48,15 @@ class Rotary:
         in order. (None, None) for a model without rotary embeddings."""
         if self.config is None:
             return None, None
-        found = [self._of(length) for _, length in rows]
-        frequencies, scale = plain = self._frequencies(None)
-        if all(entry is plain for entry in found) and max(length for _, length in rows) <= TABLE:
-            return tuple(table.index_select(0, at) for table in self._table(dtype))
-        if any(entry is not plain for entry in found):
+        longest = max(length for _, length in rows)
+        plain = not self.varies or longest <= self.limit
+        if plain and longest <= TABLE:
+            cos, sin = self._table(dtype)
+            return cos.index_select(0, at), sin.index_select(0, at)
+        if plain:
+            frequencies, scale = self._frequencies(None)
+        else:
+            found = [self._of(length) for _, length in rows]
             counts = torch.tensor([tokens for tokens, _ in rows], device=self.device)
             frequencies = torch.stack([each for each, _ in found]).repeat_interleave(counts, dim=0)
             scale = torch.tensor([each for _, each in found], device=self.device)

@@ -16,18 +16,18 @@ def rope_append(qkv, cos, sin, k_pages, v_pages, plan: Plan):
     """Rotate the queries and keys of qkv [T, N + 2K, D] by cos and sin as `rotate` does (None: no rotation),
     write keys and values into their pages, in place, and return the queries [T, N, D]. qkv is not needed
     afterwards and may be overwritten."""
-    K, D = k_pages.shape[2:]
-    N = qkv.shape[1] - 2 * K
-    T, alike = plan.tokens, k_pages.shape == v_pages.shape
+    (T, heads, size), (_, _, K, D) = qkv.shape, k_pages.shape
+    N, alike = heads - 2 * K, k_pages.shape == v_pages.shape and qkv.dtype == k_pages.dtype
     near = qkv.device == plan.slots.device == k_pages.device
-    if N < 1 or not (alike and near) or qkv.shape[::2] != (T, D) or qkv.dtype != k_pages.dtype:
+    if N < 1 or plan.tokens != T or size != D or not (alike and near):
         raise ValueError(
             f"qkv {list(qkv.shape)} {qkv.dtype} on {qkv.device} does not fit keys {list(k_pages.shape)} "
-            f"{k_pages.dtype} on {k_pages.device}, values {list(v_pages.shape)} and a plan of {T} tokens on "
-            f"{plan.slots.device}"
+            f"{k_pages.dtype} on {k_pages.device}, values {list(v_pages.shape)} and a plan of {plan.tokens} "
+            f"tokens on {plan.slots.device}"
         )
     if cos is not None:
-        fits = cos.shape == sin.shape and cos.shape[:2] == (T, 1) and cos.shape[2] <= D
+        rows, each, R = cos.shape
+        fits = cos.shape == sin.shape and rows == T and each == 1 and R <= D
         if not (fits and cos.dtype == sin.dtype == qkv.dtype):
             came = f"cos {list(cos.shape)} {cos.dtype}, sin {list(sin.shape)} {sin.dtype}"
             raise ValueError(f"{came}: want two of [{T}, 1, {D} or less] {qkv.dtype}")
