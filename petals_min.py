@@ -99,7 +99,7 @@ import warnings
 import weakref
 import zipfile
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, AsyncIterator, NamedTuple  # noqa: UP035 - hivemind reads typing's AsyncIterator
@@ -302,12 +302,35 @@ async def _gather_quietly(*coroutines) -> list:
     return await asyncio.gather(*coroutines, return_exceptions=True)
 
 
+async def _any_done(futures: Collection[asyncio.Future], timeout: float | None = None) -> bool:
+    """Wait until one of these is done, at most so many seconds; whether one is. `asyncio.wait` takes thrice
+    as many calls."""
+    loop = asyncio.get_running_loop()
+    waiter = loop.create_future()
+
+    def wake(_: Any = None) -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    timer = loop.call_later(timeout, wake) if timeout is not None else None
+    for future in futures:
+        future.add_done_callback(wake)
+    try:
+        await waiter
+    finally:
+        if timer is not None:
+            timer.cancel()
+        for future in futures:
+            future.remove_done_callback(wake)
+    return any(future.done() for future in futures)
+
+
 async def _at_most(timeout: float, answer: Any) -> Any:
     """Await something for so many seconds; asyncio.TimeoutError after that. As asyncio's `wait_for`, which
     before Python 3.12 loses a cancellation that comes together with the answer."""
     task = asyncio.ensure_future(answer)
     try:
-        if not (await asyncio.wait([task], timeout=timeout))[0]:
+        if not await _any_done([task], timeout):
             raise asyncio.TimeoutError
         return task.result()
     finally:
@@ -700,13 +723,15 @@ HANDLER = "TransformerConnectionHandler"  # the name that every Petals peer call
 COMPRESSIONS = runtime_pb2.CompressionType.values()  # that an answer may be asked for in
 MAX_TENSORS = 64  # of a request: hidden states, gradient, prompts, ids, two matrices for each LoRA target
 EMPTY_BYTES = 256  # about what a message, or a tensor in it, takes in memory besides its bytes on the wire
-WIRE_DTYPES = ("float32", "float16", "bfloat16", "int64")
+WIRE_DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int64")}
+_A_TENSOR = f"a tensor of {', '.join(WIRE_DTYPES)}"
 
 
 def expect(holds: Any, wanted: str, came: Any) -> None:
     """Every check of what a stranger sent: ValueError with what was expected and what came, unless it
     holds."""
     if not holds:
+        came = [list(came.shape), came.dtype] if isinstance(came, Tensor) else came
         raise ValueError(f"expected {wanted}; {came!r:.200} came")
 
 
@@ -736,8 +761,8 @@ def _packed_nothing(tensor: Tensor) -> runtime_pb2.Tensor:
 def unpack(message: runtime_pb2.Tensor) -> Tensor:
     """The tensor of a message; ValueError where its bytes do not fit its shape and dtype."""
     shape, size = list(message.size), len(message.buffer)
-    expect(message.dtype in WIRE_DTYPES, f"a tensor of {', '.join(WIRE_DTYPES)}", message.dtype)
-    dtype = getattr(torch, message.dtype)
+    dtype = WIRE_DTYPES.get(message.dtype)
+    expect(dtype is not None, _A_TENSOR, message.dtype)
     plain = message.compression == runtime_pb2.NONE and min(shape, default=0) >= 0
     if plain and shape == [0] and not size:
         return NOTHING.to(dtype)  # what is absent
@@ -750,7 +775,7 @@ def unpack(message: runtime_pb2.Tensor) -> Tensor:
 
 
 def _size(message) -> int:
-    return sum(len(tensor.buffer) for tensor in message.tensors)
+    return sum([len(tensor.buffer) for tensor in message.tensors])
 
 
 def _weight(message) -> int:
@@ -759,13 +784,17 @@ def _weight(message) -> int:
 
 
 def pack_request(
-    uid: str, tensors: Sequence[Any], metadata: dict, compression: int = runtime_pb2.NONE, answers: int = 1
+    uid: str, tensors: Sequence[Any], metadata: dict, compression=runtime_pb2.NONE, answers=1, in_order=False
 ) -> ExpertRequest:
     """A request of the given tensors (some may be packed), in order; `args_structure` says that order, as
-    Petals' clients do. A compression holds for its answer of so many tensors, too."""
-    metadata = metadata | {"args_structure": (tuple(f"__T{i}".encode() for i in range(len(tensors))), {})}
-    metadata |= {"output_compression": [compression] * answers} if compression != runtime_pb2.NONE else {}
-    packed = (pack(tensor, compression) for tensor in tensors)
+    Petals' clients do, unless the peer is known to read it so anyhow (`in_order`). A compression holds for
+    its answer of so many tensors, too."""
+    if not in_order:
+        marks = tuple(f"__T{i}".encode() for i in range(len(tensors)))
+        metadata = metadata | {"args_structure": (marks, {})}
+    if compression != runtime_pb2.NONE:
+        metadata = metadata | {"output_compression": [compression] * answers}
+    packed = [pack(tensor, compression) for tensor in tensors]
     return ExpertRequest(uid=uid, tensors=packed, metadata=MSGPackSerializer.dumps(metadata))
 
 
@@ -774,17 +803,21 @@ def unpack_request(request: ExpertRequest, metadata: dict) -> list[Tensor]:
     none)."""
     count = len(request.tensors)  # absent ones have no bytes, but take their time too
     expect(count <= MAX_TENSORS, f"{MAX_TENSORS} tensors at most", count)
-    tensors = {f"__T{i}".encode(): unpack(tensor) for i, tensor in enumerate(request.tensors)}
-    structure = metadata.get("args_structure", (tensors, {}))
-    with _failing_as(ValueError, f"args_structure {structure!r:.200} does not fit {len(tensors)} tensors"):
+    tensors = list(map(unpack, request.tensors))
+    if "args_structure" not in metadata:
+        return tensors
+    structure, places = metadata["args_structure"], {f"__T{i}".encode(): i for i in range(count)}
+    with _failing_as(ValueError, f"args_structure {structure!r:.200} does not fit {count} tensors"):
         args, kwargs = structure
-        return [tensors[mark] for mark in (*args, *kwargs.values())]
+        return [tensors[places[mark]] for mark in (*args, *kwargs.values())]
 
 
 def unpack_metadata(message) -> dict:
-    with _failing_as(ValueError, "metadata is not msgpack"):
+    try:
         metadata = MSGPackSerializer.loads(message.metadata) if message.metadata else {}
-    expect(isinstance(metadata, dict), "a dict as metadata", type(metadata).__name__)
+    except Exception as error:
+        raise ValueError(f"metadata is not msgpack: {_first_line(error)}") from error
+    expect(isinstance(metadata, dict), "a dict as metadata", metadata)
     return metadata
 
 
@@ -896,11 +929,24 @@ class Stream:
         return None
 
     async def send(self, message) -> None:
-        self.sent += message.ByteSize()
-        await _within(None, self.peer, P2P.send_protobuf(message, self.writer))
+        """A marker, 8 bytes of length, the message (hivemind's P2P.send_protobuf, in fewer calls)."""
+        body = message.SerializeToString()
+        self.sent += len(body)
+        marker = P2P.ERROR_MARKER if isinstance(message, RPCError) else P2P.MESSAGE_MARKER
+        self.writer.write(marker + len(body).to_bytes(P2P.HEADER_LEN, P2P.BYTEORDER))
+        self.writer.write(body)
+        await _within(None, self.peer, self.writer.drain())
 
-    async def readexactly(self, count: int) -> bytes:
-        """What hivemind reads by, in pieces, so that a slow answer is seen to come."""
+    async def _read_message(self, kind: type) -> Any:
+        """The next message, of this kind or an RPCError, which without a text is the end."""
+        head = await self._read_exactly(1 + P2P.HEADER_LEN)
+        failed = head[:1] == P2P.ERROR_MARKER
+        expect(failed or head[:1] == P2P.MESSAGE_MARKER, "a marker, 0 or 1", head[:1])
+        body = await self._read_exactly(int.from_bytes(head[1:], P2P.BYTEORDER))
+        return (RPCError if failed else kind).FromString(body)
+
+    async def _read_exactly(self, count: int) -> bytes:
+        """In pieces, so that a slow answer is seen to come."""
         expect(count <= MAX_MESSAGE_BYTES, f"a message of {MAX_MESSAGE_BYTES} bytes at most", count)
         pieces, large = [], count > OFFLOAD_BYTES
         while count:
@@ -917,9 +963,9 @@ class Stream:
 
     async def receive(self, kind: type) -> Any:
         """The next message; PeerError if the peer reports an error or the stream ends."""
-        message, error = await _within(None, self.peer, P2P.receive_protobuf(kind, self))
-        if error is not None:
-            raise PeerError(error.message, self.peer)
+        message = await _within(None, self.peer, self._read_message(kind))
+        if isinstance(message, RPCError):
+            raise PeerError(message.message, self.peer)
         return message
 
     async def converse(self, request: ExpertRequest, tensors: int) -> ExpertResponse:
@@ -1004,9 +1050,11 @@ class Sealed(asyncio.StreamReaderProtocol):
         return bytes([of_server]) + next(self.numbers[ours]).to_bytes(11, "big")
 
     def seal(self, data: bytes | bytearray) -> bytes:
-        parts = (bytes(data[at : at + FRAME_BYTES]) for at in range(0, len(data), FRAME_BYTES))
-        frames = [self.aead.encrypt(self._nonce(True), part, None) for part in parts]
-        return b"".join([len(frame).to_bytes(4, "big") + frame for frame in frames])
+        frames = []
+        for at in range(0, len(data), FRAME_BYTES):
+            frame = self.aead.encrypt(self._nonce(True), data[at : at + FRAME_BYTES], None)
+            frames += len(frame).to_bytes(4, "big"), frame
+        return b"".join(frames)
 
     def data_received(self, data: bytes) -> None:
         self.came += data
@@ -1509,6 +1557,7 @@ class Router:
 
     def __init__(self, swarm: Swarm, config: PretrainedConfig):
         self.swarm, self.config, self.prefix = swarm, config, config.dht_prefix
+        self.settings = vars(config)  # what each step asks for: transformers' own way there is three calls
         self.spans: list[Span] = []
         self.offers: list[Span] = []  # those included that lack what we ask for
         self.known: dict[PeerID, Span] = {}  # of each server that ever had it
@@ -1555,7 +1604,7 @@ class Router:
         some = random.sample(peers, min(self.config.max_pinged, len(peers)))
         measuring = _spawn(_gather_quietly(*map(self._measure, some)))
         if self.updated == -math.inf:  # no round trip is known yet: give those that are near a moment
-            await asyncio.wait([measuring], timeout=PING_SECONDS)
+            await _any_done([measuring], PING_SECONDS)
         self.updated = time.monotonic()
 
     async def _measure(self, peer: PeerID) -> None:
@@ -1591,13 +1640,14 @@ class Router:
         logger.info("peer %s failed (%s): banned for %.0f s", peer, reason, seconds)
 
     def succeeded(self, peer: PeerID) -> None:
-        self.bans.pop(peer, None)
+        if self.bans:
+            self.bans.pop(peer, None)
 
     def compression(self, peer: PeerID, size: int) -> int:
         """How to send a payload of `size` bytes to a server, and its answer back, in hivemind's terms. A
         decode step is too small to gain; a fast link needs no help. Plain FLOAT16 would cut gradients off at
         65,504; this form scales every token's vector."""
-        kind = self.config.compression
+        kind = self.settings["compression"]
         _require(kind in (None, "float16"), f"compression {kind!r}: expected float16 or None")
         slow = kind and size > OFFLOAD_BYTES and self.pings.get(peer, 0.0) > SLOW_PING
         return runtime_pb2.MEANSTD_16BIT if slow else runtime_pb2.NONE
@@ -1849,9 +1899,9 @@ class Step:
         """The step in pieces that one push can carry. Deep prompts stay whole; reorders come with the first
         piece."""
         B, T, H = self.hidden.shape
-        if self.prompts is not None:
-            return [self]
         most = max(1, MAX_UNARY_BYTES // max(1, B * H * 4))  # a server may answer float32 to bfloat16
+        if most >= T or self.prompts is not None:
+            return [self]
         parts = enumerate(self.hidden.split(most, dim=1))
         order = [self.hypo_ids, *(None for _ in range(T))]
         return [Step(self.start + i * most, part, None, order[i], self.whole) for i, part in parts]
@@ -1920,8 +1970,10 @@ class History:
 
     def add(self, step: Step, source: Source) -> None:
         """Take note of a finished step. Nothing is kept after a gap, for it could not be replayed."""
-        self.rewind(step.start)
-        self.reorder(step.hypo_ids)
+        if self.length > step.start:
+            self.rewind(step.start)
+        if step.hypo_ids is not None:
+            self.reorder(step.hypo_ids)
         if step.end > step.start == self.length:
             self.chunks.append(Chunk(step.start, step.end, source, step.prompts, step.whole))
 
@@ -1963,16 +2015,20 @@ class Watch:
         self.size, self.missed = size, 0  # bytes of the step; probes without answer in a row
         self.progress, self.moved = None, time.monotonic()  # the last probe's; when it was another
 
-    async def look_after(self, answer: asyncio.Future) -> None:
-        """Wait a moment for the answer; if there is none, probe. PeerError as the rule has it."""
+    async def look_after(self, *answers: asyncio.Future) -> None:
+        """Wait a moment for one of the answers; if none comes, probe meanwhile. PeerError as the rule has
+        it."""
         trip = self.router.pings.get(self.peer, 0.0)
-        if (await asyncio.wait([answer], timeout=max(PROBE_SECONDS, trip)))[0]:
+        if await _any_done(answers, max(PROBE_SECONDS, trip)):
             return
         stream, bytes_before = self.stream, self.stream.moved if self.stream else 0
         sees = stream is not None and stream.unacknowledged() is not None
         patience = min(max(1.0, 4 * trip), MAX_PING) + (0.0 if sees else _behind(self.size))
+        probe = asyncio.ensure_future(self.router.probe(self.peer, patience))
         try:
-            progress = await self.router.probe(self.peer, patience)
+            if await _any_done([*answers, probe]) and not probe.done():
+                return
+            progress = probe.result()
             if progress is None or progress != self.progress:
                 self.moved = time.monotonic()
             self.progress, self.missed = progress, 0
@@ -1982,7 +2038,9 @@ class Watch:
             self.missed += 1
             if self.missed == 2 or not error.silent:
                 raise PeerError(f"it fell silent ({error})", self.peer, silent=True) from error
-        if time.monotonic() > self.moved + STUCK_SECONDS and not answer.done():
+        finally:
+            probe.cancel()
+        if time.monotonic() > self.moved + STUCK_SECONDS and not any(answer.done() for answer in answers):
             raise PeerError("it lives, but computes nothing", self.peer)
 
 
@@ -2055,8 +2113,9 @@ class Hop:
 
     async def _deliver(self, tensors: list[Tensor], metadata: dict, compression: int) -> None:
         try:
-            size = sum(tensor.nbytes for tensor in tensors)
-            request = await _off_loop(size, pack_request, self.uid, tensors, metadata, compression)
+            size = sum([tensor.nbytes for tensor in tensors])
+            terms = compression, 1, self.ours
+            request = await _off_loop(size, pack_request, self.uid, tensors, metadata, *terms)
             await self.stream.send(request)
         except Exception as error:
             self._fail(error)
@@ -2201,7 +2260,7 @@ class Route:
     async def _run_piece(self, step: Step) -> Tensor:
         for attempt in itertools.count(1):
             try:
-                await self.router.refresh(max_age=self.config.update_period, wait=False)
+                await self.router.refresh(max_age=self.router.settings["update_period"], wait=False)
                 await self._repair(step)
                 output = await (self._chain(step) if attempt == 1 else self._carry(step, self.hops))
                 self._commit(step, self.hops)
@@ -2233,35 +2292,31 @@ class Route:
         named = all(hop.upstream == before.span.name for before, hop in itertools.pairwise(hops))
         small = step.hidden.numel() * 4 <= MAX_UNARY_BYTES
         plain = step.hypo_ids is None and not rewound
-        pushes = self.config.use_server_to_server and named and small and step.prompts is None
+        pushes = self.router.settings["use_server_to_server"] and named and small and step.prompts is None
         if not (pushes and (plain or all(hop.ours for hop in hops))):
             return await self._carry(step, hops)
         for hop in (hop for hop in hops[1:] if hop.position != step.start):  # a rewind is our word alone
             hop.send(Step(step.start, step.hidden[:, :0]), step.hidden[:, :0])
-        *middle, last = [hop.expect(step) for hop in hops]
-        carrying = _spawn(self._carry(step, hops, chained=True))
-        failing = asyncio.gather(carrying, *middle)  # done before the last answer only if one of them fails
-        failing.add_done_callback(asyncio.Future.exception)  # which may go unread
-        try:
-            await asyncio.wait([last, failing], return_when=asyncio.FIRST_COMPLETED)
-            return (last if last.done() else failing).result()
-        finally:
-            carrying.cancel()
+        return await self._carry(step, hops, chained=True)
 
     async def _carry(self, step: Step, hops: Sequence[Hop], chained: bool = False, **terms: Any) -> Tensor:
-        """Take the step from server to server; returns the last one's answer. In a chain only the first is
-        given it, and those to which the push is late, or was of late. PeerError as soon as the server whose
-        turn it is is known to have failed (`Watch`)."""
+        """Take the step from server to server; returns the last one's answer, in a chain as soon as it is
+        there. In a chain only the first is given the step, and those to which the push is late, or was of
+        late. PeerError as soon as the server whose turn it is is known to have failed (`Watch`), in a chain
+        also when another one's stream breaks."""
         size = sum(tensor.nbytes for tensor in (step.hidden, *terms.get("own", ())))
         value, before, upload = step.hidden, "", size / SLOWEST_LINK
+        patience = self.router.settings["request_timeout"] + terms.get("alloc_timeout", 0.0)
         began = time.monotonic()
         answers = [hop.expect(step) for hop in hops]
         for index, (hop, answer) in enumerate(zip(hops, answers, strict=True)):
             watch, now = Watch(self.router, hop.span.peer, size, hop.stream), time.monotonic()
-            deadline = now + self.config.request_timeout + terms.get("alloc_timeout", 0.0)
+            deadline = now + patience
             pushed = chained and index > 0 and hop.pushed_from <= began
             late = now + PUSH_SECONDS + upload / 10 if pushed else now
             while not answer.done():
+                if chained and answers[-1].done():
+                    return answers[-1].result()
                 if time.monotonic() >= late:
                     if before not in ("", hop.upstream):
                         hop.upstream, hop.pushed_from, hop.unpushed = before, -math.inf, 0
@@ -2271,7 +2326,10 @@ class Route:
                     onward = list(onward) if chained else ()
                     hop.send(step, value, _prompts_of(step.prompts, blocks), onward, **terms)
                     late = math.inf
-                await watch.look_after(answer)
+                due = [each for each in answers[index:] if not each.done()] if chained else [answer]
+                await watch.look_after(*due)
+                for each in filter(asyncio.Future.done, due):
+                    each.result()  # it may have failed
                 if not answer.done() and time.monotonic() > deadline:
                     raise PeerError("it lives, but did not answer a step in time", watch.peer)
             value, before = answer.result(), hop.span.name
@@ -2291,7 +2349,8 @@ class Route:
         if step.hypo_ids is not None and self.left_pad:
             self.left_pad = [self.left_pad[row] for row in step.hypo_ids]
         later = [hop.history for hop in self.hops[1:]]
-        if sum(h.length for h in later) * step.hidden[:, :1].nbytes > self.config.max_history_bytes:
+        held = sum([history.length for history in later]) * step.hidden[:, :1].nbytes
+        if held > self.router.settings["max_history_bytes"]:
             for history in later:
                 history.rewind(0)  # a repair must then begin with the embeddings
 
@@ -2386,12 +2445,14 @@ def _left_pad(mask: Tensor | None, position_ids: Tensor | None, hidden: Tensor, 
     repeat some."""
     fits = mask is None or torch.is_tensor(mask)
     _require(fits, f"attention_mask is a {type(mask).__name__}: expected a tensor of zeros and ones")
-    due, places = (len(hidden), past + hidden.shape[1]), torch.arange(past + hidden.shape[1], device="cpu")
-    plain, given = places[past:], None if position_ids is None else position_ids.to("cpu")
-    fits = given is None or given.shape[-1] == len(plain)
-    full = mask is None or (mask.shape == due and mask.all())
-    if full and fits and (given is None or (given == plain).all()):
-        return []  # most steps
+    (rows, new, _), given = hidden.shape, None if position_ids is None else position_ids.to("cpu")
+    due, fits = (rows, past + new), given is None or given.shape[-1] == new
+    if mask is None or (mask.shape == due and mask.all()):
+        usual = list(range(past, past + new)) * (0 if given is None else given.numel() // max(1, new))
+        if given is None or (fits and given.flatten().tolist() == usual):
+            return []  # most steps
+    places = torch.arange(past + new, device="cpu")
+    plain = places[past:]
     ones = torch.ones(due, dtype=torch.bool, device="cpu") if mask is None else mask.to("cpu").bool()
     _require(ones.shape == due, f"attention_mask is {tuple(ones.shape)}, expected {due} of zeros and ones")
     first, count = (ones.cumsum(1) == 0).sum(1, keepdim=True), ones.sum(1, keepdim=True)
@@ -2443,6 +2504,7 @@ class InferenceSession(transformers.Cache):
         super().__init__(layers=[])
         # fixed when opened
         self.router, self.config, self.blocks = layers.router, layers.config, layers.blocks
+        self._usual = min(2048, getattr(layers.config, "max_position_embeddings", 2048))
         self.max_length, self.left_pad, self._grows = max_length, list(left_pad), max_length is None
         self.spare = 0  # tokens beyond: prompt lookup tries them and takes them back
         rotary = positions.Rotary(self.config, 0, "cpu")
@@ -2564,9 +2626,8 @@ class InferenceSession(transformers.Cache):
             text = "the steps of a session give no gradients: train without one and without use_cache=True"
             warnings.warn(f"{text}; here torch.no_grad() is in place", stacklevel=2)
         rows, T, past, ids = len(hidden), hidden.shape[1], self._position, _on_cpu(hypo_ids, torch.int64)
-        usual = min(2048, getattr(self.config, "max_position_embeddings", 2048))
         length = self.max_length
-        self.reserve(past + T, usual - past - T, rows)
+        self.reserve(past + T, self._usual - past - T, rows)
         text = f"prefix {past} + current {T} exceeds pre-allocated maximum {self.max_length} tokens"
         text += ": open a session with model.inference_session(max_length=…)"
         _require(past + T <= self.max_length + self.spare, text)
@@ -3056,7 +3117,8 @@ class _Base(_Distributed):
         embeds, layers = given.get("inputs_embeds"), self.remote
         _require((input_ids is None) != (embeds is None), "give either input_ids or inputs_embeds")
         extras = ("output_attentions", "output_hidden_states", "output_router_logits")
-        asked = [name for name in extras if given.get(name, getattr(self.config, name, False))]
+        anew = session is None or not session.position
+        asked = [name for name in extras if given.get(name, anew and getattr(self.config, name, False))]
         _require(not asked, f"{asked} stay on the servers; layers[:k] computes the hidden states of block k")
         if session is None and given.get("use_cache"):
             session = layers.inference_session()
@@ -4213,7 +4275,8 @@ def checked_metadata(request: ExpertRequest) -> dict:
     metadata = {key: value for key, value in unpack_metadata(request).items() if value is not None}
     for key in filter(metadata.__contains__, _CHECK_OF):
         check, wanted = _CHECK_OF[key]
-        expect(check(metadata[key]), f"{key} to be {wanted}", metadata[key])
+        if not check(metadata[key]):
+            expect(False, f"{key} to be {wanted}", metadata[key])
     return metadata
 
 
@@ -4243,7 +4306,7 @@ class Incoming(Stream):
         super().__init__(info.peer_id, reader, writer, str(info.addr))
         self.kind, self.hold, self.gone = kind, hold, gone
         self.held = self.fresh = 0  # bytes of all its messages, of the one that comes
-        # (a message, None: no more, or an error; its part of what is held)
+        # (a message, an RPCError: no more, or what failed; its part of what is held)
         self.coming: asyncio.Queue = asyncio.Queue(READ_AHEAD)
         self.reading = _spawn(self._read())
 
@@ -4258,7 +4321,7 @@ class Incoming(Stream):
         while not isinstance(message, Exception):
             self.fresh = 0
             try:
-                message, _ = await P2P.receive_protobuf(self.kind, self)
+                message = await self._read_message(self.kind)
             except (asyncio.IncompleteReadError, OSError):
                 return self.gone()
             except PetalsError as error:
@@ -4273,7 +4336,7 @@ class Incoming(Stream):
             message, size = await self.coming.get()
             if isinstance(message, Exception):
                 raise message
-            if message is None:
+            if isinstance(message, RPCError):
                 return
             yield message
             self.hold(-size)
@@ -4365,6 +4428,7 @@ class TransformerConnectionHandler(ServicerBase):
         self.held = Counter()  # bytes of each kind of request that waits or is in work
         self.door = Door(server.swarm.p2p)
         self.roads = Roads(server.swarm.p2p)
+        self._blocks = functools.lru_cache(1024)(self._blocks)
 
     async def add_p2p_handlers(self, p2p: P2P, *args, **kwargs) -> None:
         """As hivemind's, but streams are for `_serve`."""
@@ -4424,26 +4488,28 @@ class TransformerConnectionHandler(ServicerBase):
         expect(states <= len(tensors) <= states + 2, wanted, len(tensors))
         hidden, size = tensors[0], self.executor.hidden_size
         for tensor in tensors[:states]:
-            fits = tensor.is_floating_point() and tensor.shape == (*hidden.shape[:2], size) and len(tensor)
-            expect(fits, f"hidden states: floats [batch, tokens, {size}]", (list(tensor.shape), tensor.dtype))
+            fits = tensor.shape == (*hidden.shape[:2], size) and tensor.shape[0]
+            fits = fits and tensor.is_floating_point()
+            expect(fits, f"hidden states: floats [batch, tokens, {size}]", tensor)
         (rows, tokens), count = hidden.shape[:2], len(blocks)
         prompts, hypo_ids, *_ = *tensors[states:], NOTHING, NO_IDS
-        if not prompts.numel():
+        if prompts.numel():
+            fits = prompts.is_floating_point() and prompts.dim() == 4 and prompts.shape[2] <= tokens
+            fits = fits and prompts.shape in [(count, each, prompts.shape[2], size) for each in (1, rows)]
+            expect(fits, f"prompts: floats [{count}, 1 or {rows}, at most {tokens}, {size}]", prompts)
+        else:
             prompts = hidden.new_empty(count, 1, 0, size)
-        fits = prompts.is_floating_point() and prompts.dim() == 4 and prompts.shape[2] <= tokens
-        fits = fits and prompts.shape in [(count, each, prompts.shape[2], size) for each in (1, rows)]
-        wanted = f"prompts: floats [{count}, 1 or {rows}, at most {tokens}, {size}]"
-        expect(fits, wanted, (list(prompts.shape), prompts.dtype))
         pads = metadata.get("left_pad", ())
         expect(len(pads) in (0, rows), f"left_pad of {rows} rows", pads)
         return *tensors[:states], prompts, hypo_ids, own
 
     @staticmethod
     async def _response(outputs: Sequence[Tensor], metadata: dict) -> ExpertResponse:
-        kinds = metadata.get("output_compression", [runtime_pb2.NONE] * len(outputs))
-        fit = len(kinds) == len(outputs) and all(kind in COMPRESSIONS for kind in kinds)
+        kinds = metadata.get("output_compression")
+        fit = kinds is None or (len(kinds) == len(outputs) and all(kind in COMPRESSIONS for kind in kinds))
         expect(fit, f"output_compression of {len(outputs)} of {COMPRESSIONS}", kinds)
-        size = sum(tensor.nbytes for tensor in outputs)
+        kinds = kinds or [runtime_pb2.NONE] * len(outputs)
+        size = sum([tensor.nbytes for tensor in outputs])
         return await _off_loop(size, lambda: ExpertResponse(tensors=map(pack, outputs, kinds)))
 
     # ---- RPCs: information, forward and backward
@@ -4624,7 +4690,7 @@ class TransformerConnectionHandler(ServicerBase):
             session.pushing.add(push)
             push.add_done_callback(session.pushing.discard)
             patience = size / (10 * SLOWEST_LINK) + PUSH_SECONDS * (size > OFFLOAD_BYTES)
-            await asyncio.wait([push], timeout=patience)
+            await _any_done([push], patience)
         return response
 
     async def _push(self, output: runtime_pb2.Tensor, order: list[int], metadata: dict) -> None:
@@ -4639,7 +4705,7 @@ class TransformerConnectionHandler(ServicerBase):
         passed |= {"session_id": session_id, "next_servers": rest, "pushed": True}
         uid = " ".join(block_uids(self.server.prefix, start, end))
         ids = torch.tensor(order, dtype=torch.int64) if order else NO_IDS
-        request = pack_request(uid, [output, NOTHING, ids], passed)
+        request = pack_request(uid, [output, NOTHING, ids], passed, in_order="args_structure" not in passed)
         peer = peer_of(name)
         if peer == swarm.peer_id:  # libp2p does not call itself
             await self.rpc_push(request, P2PContext("rpc_push", peer, peer))

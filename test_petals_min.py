@@ -3761,7 +3761,7 @@ def test_what_large_messages_take_is_bounded(recorded_servers, monkeypatch):
     assert "1073741824 bytes at most; 1073741825 came" in str(stranger.receive(0))
     begin(1, 4, b"none")
     assert "expected an ExpertRequest" in str(stranger.receive(1))
-    in_loop(stranger.stream(2)[1].write, b"\7")
+    in_loop(stranger.stream(2)[1].write, b"\7" * 9)
     assert "expected an ExpertRequest" in str(stranger.receive(2))
     stranger.send(3, pm.pack_request(uid, [torch.randn(2, 1, 32), *absent], terms))  # takes all room
     assert stranger.receive(3).tensors
@@ -4012,22 +4012,22 @@ def test_eight_clients_at_once_get_what_each_gets_alone_in_fewer_passes(crowd):
 @pytest.fixture
 def messages(monkeypatch):
     """What passes between a client and its servers in this process from now on: (what, bytes)."""
-    send, call, found = P2P.send_protobuf, P2P.call_protobuf_handler, []
+    send, call, found = pm.Stream.send, P2P.call_protobuf_handler, []
     # a busy machine brings neither questions whether a server lives nor steps that are sent once more
     monkeypatch.setattr(pm, "PROBE_SECONDS", PATIENCE)
     monkeypatch.setattr(pm, "PUSH_SECONDS", PATIENCE)
 
-    async def sending(message, writer):
+    async def sending(stream, message):
         if isinstance(message, (ExpertRequest, ExpertResponse)):
             found.append((type(message).__name__, message.ByteSize()))
-        await send(message, writer)
+        await send(stream, message)
 
     async def calling(self, peer, name, request, kind):
         if pm.HANDLER in name:
             found.append((name.split(".")[-1], request.ByteSize()))
         return await call(self, peer, name, request, kind)
 
-    monkeypatch.setattr(P2P, "send_protobuf", staticmethod(sending))
+    monkeypatch.setattr(pm.Stream, "send", sending)
     monkeypatch.setattr(P2P, "call_protobuf_handler", calling)
     return found
 
@@ -4280,7 +4280,41 @@ def test_a_token_costs_the_client_so_many_tensor_operations(crowd):
         with Operations() as operations:
             logits = crowd.model(ids[:, 8:], **given).logits
     close(logits, crowd.reference(ids).logits[:, 8:])
-    assert sum(operations.names.values()) <= 26, operations.names
+    assert sum(operations.names.values()) <= 20, operations.names
+
+
+@torch.no_grad()
+def test_a_token_takes_so_many_calls_of_functions(crowd, near, monkeypatch):
+    """Of Python's and C's: in the wire threads of its client and two servers, here all one; and for a pass
+    through three blocks."""
+    monkeypatch.setattr(pm, "PROBE_SECONDS", PATIENCE)
+    monkeypatch.setattr(pm, "PUSH_SECONDS", PATIENCE)
+    run_pass, count, token = pm.Executor._run_pass, Counter(), torch.randn(1, 1, 48)
+    in_loop, executor = pm.wire().loop.call_soon_threadsafe, crowd.servers[1].executor
+
+    def note(frame, event: str, _) -> None:
+        count[threading.current_thread().name] += event in ("call", "c_call")
+
+    def watched(its, *parts) -> None:
+        sys.setprofile(note if its is executor else None)
+        try:
+            run_pass(its, *parts)
+        finally:
+            sys.setprofile(None)
+
+    with crowd.model.inference_session(max_length=64) as session:
+        session.step(torch.randn(1, 5, 48))
+        until(lambda: any(crowd.servers[0].handler.roads.streams.values()), what="a direct stream for pushes")
+        for _ in range(3):
+            session.step(token)
+        monkeypatch.setattr(pm.Executor, "_run_pass", watched)
+        in_loop(sys.setprofile, note)
+        for _ in range(20):
+            session.step(token)
+        in_loop(sys.setprofile, None)
+    calls = {name: number / 20 for name, number in count.items()}
+    assert 100 < calls["petals-executor"] <= 330, calls
+    assert 500 < calls["petals-wire"] <= 1300, calls
 
 
 def test_eight_sessions_that_step_at_once_take_two_passes(crowd, messages, monkeypatch):
