@@ -721,6 +721,7 @@ NOTHING = torch.empty(0)  # on the wire an absent tensor is an empty one
 NO_IDS = torch.empty(0, dtype=torch.int64)
 HANDLER = "TransformerConnectionHandler"  # the name that every Petals peer calls
 COMPRESSIONS = runtime_pb2.CompressionType.values()  # that an answer may be asked for in
+MAX_FIELDS = 256  # of a large message, and of a tensor in it
 MAX_TENSORS = 64  # of a request: hidden states, gradient, prompts, ids, two matrices for each LoRA target
 EMPTY_BYTES = 256  # about what a message, or a tensor in it, takes in memory besides its bytes on the wire
 WIRE_DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int64")}
@@ -732,7 +733,11 @@ def expect(holds: Any, wanted: str, came: Any) -> None:
     holds."""
     if not holds:
         came = [list(came.shape), came.dtype] if isinstance(came, Tensor) else came
-        raise ValueError(f"expected {wanted}; {came!r:.200} came")
+        try:
+            came = f"{came!r:.200}"
+        except RecursionError:  # lists in lists in lists
+            came = type(came).__name__
+        raise ValueError(f"expected {wanted}; {came} came")
 
 
 def pack(tensor: Tensor | runtime_pb2.Tensor, compression: int = runtime_pb2.NONE) -> runtime_pb2.Tensor:
@@ -817,7 +822,7 @@ def unpack_metadata(message) -> dict:
         metadata = MSGPackSerializer.loads(message.metadata) if message.metadata else {}
     except Exception as error:
         raise ValueError(f"metadata is not msgpack: {_first_line(error)}") from error
-    expect(isinstance(metadata, dict), "a dict as metadata", metadata)
+    expect(isinstance(metadata, dict), "a dict as metadata", type(metadata).__name__)
     return metadata
 
 
@@ -880,6 +885,37 @@ async def join_messages(messages: AsyncIterator[Any], limit: int = 2**30, tensor
     return type(first)(tensors=map(combine_from_streaming, parts), **_head(first))
 
 
+def _number_at(body: bytes, at: int) -> tuple[int, int]:
+    """One of protobuf's numbers, and where it ends."""
+    value = 0
+    for shift in range(0, 70, 7):
+        value |= (body[at] & 127) << shift
+        at += 1
+        if body[at - 1] < 128:
+            return value, at
+    raise ValueError("a number without an end")
+
+
+def _check_fields(body: bytes, at: int, end: int, tensor: bool = False) -> None:
+    """Before a large message is parsed: it may have few fields, long ones only of bytes. The parser takes 40
+    times the memory of a field that is empty, 8 times that of a long list of sizes. ValueError."""
+    for _ in range(MAX_FIELDS):
+        if at >= end:
+            return
+        key, at = _number_at(body, at)
+        size, at = _number_at(body, at)  # or the field itself, a number
+        expect(key & 7 in (0, 2), "fields that are numbers or have a length", key)
+        if key & 7 == 2:
+            if key >> 3 == 2 and not tensor:  # of ExpertRequest and ExpertResponse: a tensor
+                _check_fields(body, at, at + size, True)
+            elif tensor and key >> 3 != 1:  # of a tensor, 1 are its bytes
+                expect(
+                    size <= MAX_FIELDS, f"fields of {MAX_FIELDS} bytes at most beside a tensor's own", size
+                )
+            at += size
+    expect(at >= end, f"{MAX_FIELDS} fields at most", "more")
+
+
 async def _within(timeout: float | None, peer: PeerID, answer: Any) -> Any:
     """Await something of a peer's, so many seconds; PeerError however that fails."""
     try:
@@ -906,6 +942,7 @@ class Stream:
         self.peer, self.reader, self.writer, self.close = peer, reader, writer, writer.close
         self.place = place  # the other end of the connection, a multiaddr
         self.sent = self.arrived = 0  # bytes
+        self.most = MAX_MESSAGE_BYTES  # of one that comes
 
     @classmethod
     async def open(cls, p2p: P2P, peer: PeerID, rpc: str, timeout: float) -> Stream:
@@ -933,9 +970,13 @@ class Stream:
         body = message.SerializeToString()
         self.sent += len(body)
         marker = P2P.ERROR_MARKER if isinstance(message, RPCError) else P2P.MESSAGE_MARKER
-        self.writer.write(marker + len(body).to_bytes(P2P.HEADER_LEN, P2P.BYTEORDER))
-        self.writer.write(body)
-        await _within(None, self.peer, self.writer.drain())
+        try:
+            self.writer.write(marker + len(body).to_bytes(P2P.HEADER_LEN, P2P.BYTEORDER))
+            self.writer.write(body)
+            await self.writer.drain()
+        except Exception as error:
+            text = f"the connection broke: {_first_line(error)}"
+            raise PeerError(text, self.peer, silent=None) from error
 
     async def _read_message(self, kind: type) -> Any:
         """The next message, of this kind or an RPCError, which without a text is the end."""
@@ -943,11 +984,13 @@ class Stream:
         failed = head[:1] == P2P.ERROR_MARKER
         expect(failed or head[:1] == P2P.MESSAGE_MARKER, "a marker, 0 or 1", head[:1])
         body = await self._read_exactly(int.from_bytes(head[1:], P2P.BYTEORDER))
+        if len(body) > OFFLOAD_BYTES:
+            _check_fields(body, 0, len(body))
         return (RPCError if failed else kind).FromString(body)
 
     async def _read_exactly(self, count: int) -> bytes:
         """In pieces, so that a slow answer is seen to come."""
-        expect(count <= MAX_MESSAGE_BYTES, f"a message of {MAX_MESSAGE_BYTES} bytes at most", count)
+        expect(count <= self.most, f"a message of {self.most} bytes at most", count)
         pieces, large = [], count > OFFLOAD_BYTES
         while count:
             pieces.append(await self.reader.read(min(count, OFFLOAD_BYTES)))
@@ -1077,7 +1120,7 @@ class Sealed(asyncio.StreamReaderProtocol):
 
 
 class SealedWriter(asyncio.StreamWriter):
-    """Seals what is written, when it is drained, as hivemind does after every message."""
+    """Seals what is written, when it is drained, as `Stream.send` does after every message."""
 
     def __init__(self, protocol: Sealed):
         super().__init__(protocol.transport, protocol, protocol.reader, asyncio.get_running_loop())
@@ -2026,7 +2069,8 @@ class Watch:
         patience = min(max(1.0, 4 * trip), MAX_PING) + (0.0 if sees else _behind(self.size))
         probe = asyncio.ensure_future(self.router.probe(self.peer, patience))
         try:
-            if await _any_done([*answers, probe]) and not probe.done():
+            await _any_done([*answers, probe])
+            if not probe.done():
                 return
             progress = probe.result()
             if progress is None or progress != self.progress:
@@ -2328,7 +2372,7 @@ class Route:
                     late = math.inf
                 due = [each for each in answers[index:] if not each.done()] if chained else [answer]
                 await watch.look_after(*due)
-                for each in filter(asyncio.Future.done, due):
+                for each in () if chained and answers[-1].done() else filter(asyncio.Future.done, due):
                     each.result()  # it may have failed
                 if not answer.done() and time.monotonic() > deadline:
                     raise PeerError("it lives, but did not answer a step in time", watch.peer)
@@ -2445,7 +2489,7 @@ def _left_pad(mask: Tensor | None, position_ids: Tensor | None, hidden: Tensor, 
     repeat some."""
     fits = mask is None or torch.is_tensor(mask)
     _require(fits, f"attention_mask is a {type(mask).__name__}: expected a tensor of zeros and ones")
-    (rows, new, _), given = hidden.shape, None if position_ids is None else position_ids.to("cpu")
+    (rows, new), given = hidden.shape[:2], None if position_ids is None else position_ids.to("cpu")
     due, fits = (rows, past + new), given is None or given.shape[-1] == new
     if mask is None or (mask.shape == due and mask.all()):
         usual = list(range(past, past + new)) * (0 if given is None else given.numel() // max(1, new))
@@ -3117,8 +3161,7 @@ class _Base(_Distributed):
         embeds, layers = given.get("inputs_embeds"), self.remote
         _require((input_ids is None) != (embeds is None), "give either input_ids or inputs_embeds")
         extras = ("output_attentions", "output_hidden_states", "output_router_logits")
-        anew = session is None or not session.position
-        asked = [name for name in extras if given.get(name, anew and getattr(self.config, name, False))]
+        asked = [name for name in extras if given.get(name, getattr(self.config, name, False))]
         _require(not asked, f"{asked} stay on the servers; layers[:k] computes the hidden states of block k")
         if session is None and given.get("use_cache"):
             session = layers.inference_session()
@@ -4319,13 +4362,13 @@ class Incoming(Stream):
     async def _read(self) -> None:
         message = None
         while not isinstance(message, Exception):
-            self.fresh = 0
+            message, self.fresh = None, 0  # the last one's memory is free as soon as nobody else has it
             try:
                 message = await self._read_message(self.kind)
             except (asyncio.IncompleteReadError, OSError):
                 return self.gone()
             except PetalsError as error:
-                message = error
+                message = error.with_traceback(None)  # which has what came
             except Exception as error:
                 message = ValueError(f"expected an {self.kind.__name__}: {_first_line(error)}")
             await self.coming.put((message, self.fresh))
@@ -4339,6 +4382,7 @@ class Incoming(Stream):
             if isinstance(message, RPCError):
                 return
             yield message
+            del message
             self.hold(-size)
             self.held -= size
 
@@ -4444,16 +4488,21 @@ class TransformerConnectionHandler(ServicerBase):
         rpc, task = getattr(self, name.removeprefix(f"{HANDLER}.")), asyncio.current_task()
         kind = ExpertUID if rpc == self.rpc_direct else ExpertRequest
         hold = functools.partial(self._hold, kind=name)
+        context = P2PContext(name, self.door.p2p.peer_id, info.peer_id)
         stream = Incoming(info, reader, writer, kind, hold, task.cancel)
-        context = P2PContext(name, self.server.swarm.peer_id, info.peer_id)
+        if rpc in (self.rpc_push_stream, self.rpc_direct):
+            stream.most = 2 * OFFLOAD_BYTES  # `Roads.push` sends no more
         try:
             async with contextlib.aclosing(rpc(stream.messages(), context)) as responses:
                 async for response in responses:
                     await stream.send(response)
+                    del response
+        except asyncio.CancelledError:
+            pass  # the peer left, or a time is up; asyncio's streams complain of tasks that end cancelled
         except Exception as error:
             due = isinstance(error, (PetalsError, ValueError, asyncio.TimeoutError))
             logger.log(logging.DEBUG if due else logging.WARNING, "%s failed", name, exc_info=True)
-            with contextlib.suppress(PeerError):
+            with contextlib.suppress(PeerError, asyncio.CancelledError):
                 await stream.send(RPCError(message=str(error) or type(error).__name__))
         finally:
             stream.leave()
@@ -4613,6 +4662,7 @@ class TransformerConnectionHandler(ServicerBase):
         async for request in requests:
             with contextlib.suppress(ValueError):  # says who sent nonsense to whom sent it
                 await self.rpc_push(request, context)
+            del request
         yield ExpertResponse()
 
     async def rpc_inference(self, requests: Requests, context: P2PContext) -> Responses:

@@ -1615,6 +1615,8 @@ def test_steps_of_hidden_states(llama):
     for bad in (hidden[0], hidden[..., :-1], torch.ones(2, 3, 48, dtype=torch.int64)):
         with pytest.raises(ValueError, match="expected hidden states"):
             fresh.step(bad)
+    with pytest.raises(ValueError, match="expected hidden states"):
+        llama.model(ids[0])
     assert fresh.route == []
 
 
@@ -3763,6 +3765,19 @@ def test_what_large_messages_take_is_bounded(recorded_servers, monkeypatch):
     assert "expected an ExpertRequest" in str(stranger.receive(1))
     in_loop(stranger.stream(2)[1].write, b"\7" * 9)
     assert "expected an ExpertRequest" in str(stranger.receive(2))
+    sizes = runtime_pb2.Tensor(size=[1] * 2**19).SerializeToString()
+    many = ExpertRequest(tensors=[runtime_pb2.Tensor.FromString(sizes)]).SerializeToString()
+    for number, body, wrong in (
+        (20, b"\x12\0" * 2**18, "256 fields at most"),  # empty tensors
+        (21, many, "256 bytes at most beside a tensor's own"),
+        (22, b"\xff" * 2**19, "a number without an end"),
+        (23, b"\x12" + b"\xff" * 8 + b"\x7f" + bytes(2**19), "expected an ExpertRequest"),
+    ):
+        begin(number, len(body), body)
+        assert wrong in str(stranger.receive(number))
+    stranger.stream(24, "rpc_push_stream")
+    begin(24, 2**19 + 1)
+    assert "524288 bytes at most" in str(stranger.receive(24))
     stranger.send(3, pm.pack_request(uid, [torch.randn(2, 1, 32), *absent], terms))  # takes all room
     assert stranger.receive(3).tensors
     begin(4, 2**30, bytes(2**20))  # and no more comes
@@ -3794,6 +3809,65 @@ def test_what_large_messages_take_is_bounded(recorded_servers, monkeypatch):
     stranger.close()
     free_again(server)
     assert set(held.values()) == {0}
+
+
+@pytest.mark.parametrize("case", ["refused", "seen before"])
+def test_what_large_messages_took_is_free_again(recorded_servers, monkeypatch, request, case):
+    """Also while their streams stay open and wait for more, and before garbage is collected: an idle server
+    makes none."""
+    server = recorded_servers["0:2"]
+    stranger, uid = Stranger(server_addresses(server), str(server.swarm.peer_id)), f"{PREFIX}.0 {PREFIX}.1"
+    absent, held = [pm.NOTHING, pm.NO_IDS], server.handler.held
+    large = pm.pack_request(uid, [torch.zeros(1, 3 * 2**17, 32), *absent], {"step_id": "one"})  # 48 MiB
+    monkeypatch.setattr(pm, "MAX_HELD_BYTES", 2**25 - 2**18 if case == "refused" else pm.MAX_HELD_BYTES)
+
+    def memory() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+    asked = spy(monkeypatch, pm.ServerSession, "next")
+    request.addfinalizer(gc.enable)
+    gc.disable()
+    for number in range(8):
+        first = pm.pack_request(uid, [torch.randn(1, 1, 32), *absent], {"max_length": 8, "step_id": "one"})
+        stranger.send(number, first)
+        assert stranger.receive(number).tensors
+        if case == "refused":
+            writer = stranger.streams[number][1]
+            head = b"\0" + (2**26).to_bytes(8, "big")  # and no more than the server reads comes
+            pm.wire().soon(writer.writelines, [head, bytes(2**25)])
+            assert "no room for" in str(stranger.receive(number))
+        else:
+            stranger.send(number, large)
+            until(lambda: len(asked) == 2 * (number + 1), what="the wait for the next message")  # noqa: B023
+        if number == 1:
+            before = memory()
+    assert memory() < before + 100  # MiB; six more were 192 or 288
+    stranger.close()
+    free_again(server)
+    until(lambda: set(held.values()) <= {0}, what="the end of what was held")
+
+
+def test_a_peer_that_leaves_in_the_middle_of_its_steps_is_no_error(recorded_servers, caplog):
+    server = recorded_servers["0:2"]
+    for number in range(8):  # it depends on the moment
+        stranger = Stranger(server_addresses(server), str(server.swarm.peer_id))
+        for _ in range(10):  # more than are read ahead
+            step = [torch.randn(1, 1, 32), pm.NOTHING, pm.NO_IDS]
+            stranger.send(0, pm.pack_request(f"{PREFIX}.0 {PREFIX}.1", step, {"max_length": 16}))
+        if number % 2:
+            stranger.receive(0)
+        stranger.close()
+        free_again(server)
+    said = [record for record in caplog.records if record.name == "petals_min"]
+    assert not [record.getMessage() for record in said if record.levelname in ("WARNING", "ERROR")]
+
+
+def test_what_no_program_can_write_down_is_refused_like_all_else():
+    lists: list = []
+    for _ in range(10**5):
+        lists = [lists]
+    with pytest.raises(ValueError, match="expected a number; list came"):
+        pm.expect(False, "a number", lists)
 
 
 def test_a_stream_ends_some_time_after_its_last_message(recorded_servers, monkeypatch):
@@ -4309,9 +4383,11 @@ def test_a_token_takes_so_many_calls_of_functions(crowd, near, monkeypatch):
             session.step(token)
         monkeypatch.setattr(pm.Executor, "_run_pass", watched)
         in_loop(sys.setprofile, note)
-        for _ in range(20):
-            session.step(token)
-        in_loop(sys.setprofile, None)
+        try:
+            for _ in range(20):
+                session.step(token)
+        finally:
+            in_loop(sys.setprofile, None)
     calls = {name: number / 20 for name, number in count.items()}
     assert 100 < calls["petals-executor"] <= 330, calls
     assert 500 < calls["petals-wire"] <= 1300, calls
