@@ -4360,7 +4360,7 @@ def test_a_token_costs_the_client_so_many_tensor_operations(crowd):
 @torch.no_grad()
 def test_a_token_takes_so_many_calls_of_functions(crowd, near, monkeypatch):
     """Of Python's and C's: in the wire threads of its client and two servers, here all one; and for a pass
-    through three blocks."""
+    through three blocks. The wire thread has other things to do, too, but not all the time."""
     monkeypatch.setattr(pm, "PROBE_SECONDS", PATIENCE)
     monkeypatch.setattr(pm, "PUSH_SECONDS", PATIENCE)
     run_pass, count, token = pm.Executor._run_pass, Counter(), torch.randn(1, 1, 48)
@@ -4376,21 +4376,23 @@ def test_a_token_takes_so_many_calls_of_functions(crowd, near, monkeypatch):
         finally:
             sys.setprofile(None)
 
-    with crowd.model.inference_session(max_length=64) as session:
+    with crowd.model.inference_session(max_length=80) as session:
         session.step(torch.randn(1, 5, 48))
         until(lambda: any(crowd.servers[0].handler.roads.streams.values()), what="a direct stream for pushes")
         for _ in range(3):
             session.step(token)
         monkeypatch.setattr(pm.Executor, "_run_pass", watched)
         in_loop(sys.setprofile, note)
+        calls = []
         try:
-            for _ in range(20):
+            for _ in range(60):
+                before = count.copy()
                 session.step(token)
+                calls.append(count - before)
         finally:
             in_loop(sys.setprofile, None)
-    calls = {name: number / 20 for name, number in count.items()}
-    assert 100 < calls["petals-executor"] <= 330, calls
-    assert 500 < calls["petals-wire"] <= 1300, calls
+    of_pass, of_wire = (sorted(each[f"petals-{name}"] for each in calls)[15] for name in ("executor", "wire"))
+    assert 100 < of_pass <= 330 and 500 < of_wire <= 1300, calls
 
 
 def test_eight_sessions_that_step_at_once_take_two_passes(crowd, messages, monkeypatch):
