@@ -2049,12 +2049,13 @@ class Watch:
     `rpc_info` by its own handler: an error, or two answers missed in a row, fails it; so does an executor
     that has work but finishes no block in STUCK_SECONDS. A slow but honest server passes, because its handler
     answers from the wire thread while its executor computes, block after block. One behind a slow link
-    passes, because an answer counts as missed only if no byte of the step or its answer moved meanwhile, and
-    is given the time that what moves unseen (`BUFFERED_BYTES`) takes, unless the stream sees all.
+    passes, because an answer counts as missed only if no byte of the step or of any server's answer to it
+    moved meanwhile (on our own link it waits behind these), and is given the time that what moves unseen
+    (`BUFFERED_BYTES`) takes, unless the stream sees all.
     """
 
-    def __init__(self, router: Router, peer: PeerID, size: int, stream: Stream | None = None):
-        self.router, self.peer, self.stream = router, peer, stream
+    def __init__(self, router: Router, peer: PeerID, size: int, stream: Stream | None = None, others=()):
+        self.router, self.peer, self.stream, self.others = router, peer, stream, others
         self.size, self.missed = size, 0  # bytes of the step; probes without answer in a row
         self.progress, self.moved = None, time.monotonic()  # the last probe's; when it was another
 
@@ -2064,7 +2065,7 @@ class Watch:
         trip = self.router.pings.get(self.peer, 0.0)
         if await _any_done(answers, max(PROBE_SECONDS, trip)):
             return
-        stream, bytes_before = self.stream, self.stream.moved if self.stream else 0
+        stream, bytes_before = self.stream, self._bytes()
         sees = stream is not None and stream.unacknowledged() is not None
         patience = min(max(1.0, 4 * trip), MAX_PING) + (0.0 if sees else _behind(self.size))
         probe = asyncio.ensure_future(self.router.probe(self.peer, patience))
@@ -2077,7 +2078,7 @@ class Watch:
                 self.moved = time.monotonic()
             self.progress, self.missed = progress, 0
         except PeerError as error:
-            if error.silent and stream and stream.moved > bytes_before:
+            if error.silent and self._bytes() > bytes_before:
                 self.missed, self.moved = -1, time.monotonic()
             self.missed += 1
             if self.missed == 2 or not error.silent:
@@ -2086,6 +2087,10 @@ class Watch:
             probe.cancel()
         if time.monotonic() > self.moved + STUCK_SECONDS and not any(answer.done() for answer in answers):
             raise PeerError("it lives, but computes nothing", self.peer)
+
+    def _bytes(self) -> int:
+        """That moved so far."""
+        return sum(stream.moved for stream in {self.stream, *self.others} - {None})
 
 
 def _behind(size: int) -> float:
@@ -2352,9 +2357,9 @@ class Route:
         value, before, upload = step.hidden, "", size / SLOWEST_LINK
         patience = self.router.settings["request_timeout"] + terms.get("alloc_timeout", 0.0)
         began = time.monotonic()
-        answers = [hop.expect(step) for hop in hops]
+        answers, streams = [hop.expect(step) for hop in hops], [hop.stream for hop in hops]
         for index, (hop, answer) in enumerate(zip(hops, answers, strict=True)):
-            watch, now = Watch(self.router, hop.span.peer, size, hop.stream), time.monotonic()
+            watch, now = Watch(self.router, hop.span.peer, size, hop.stream, streams), time.monotonic()
             deadline = now + patience
             pushed = chained and index > 0 and hop.pushed_from <= began
             late = now + PUSH_SECONDS + upload / 10 if pushed else now
