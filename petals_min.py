@@ -721,7 +721,8 @@ NOTHING = torch.empty(0)  # on the wire an absent tensor is an empty one
 NO_IDS = torch.empty(0, dtype=torch.int64)
 HANDLER = "TransformerConnectionHandler"  # the name that every Petals peer calls
 COMPRESSIONS = runtime_pb2.CompressionType.values()  # that an answer may be asked for in
-MAX_FIELDS = 256  # of a large message, and of a tensor in it
+# Of a large message, and of a tensor in it; bytes of a tensor's field that is not its content
+MAX_FIELDS, MAX_FIELD_BYTES = 128, 256
 MAX_TENSORS = 64  # of a request: hidden states, gradient, prompts, ids, two matrices for each LoRA target
 EMPTY_BYTES = 256  # about what a message, or a tensor in it, takes in memory besides its bytes on the wire
 WIRE_DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int64")}
@@ -909,9 +910,8 @@ def _check_fields(body: bytes, at: int, end: int, tensor: bool = False) -> None:
             if key >> 3 == 2 and not tensor:  # of ExpertRequest and ExpertResponse: a tensor
                 _check_fields(body, at, at + size, True)
             elif tensor and key >> 3 != 1:  # of a tensor, 1 are its bytes
-                expect(
-                    size <= MAX_FIELDS, f"fields of {MAX_FIELDS} bytes at most beside a tensor's own", size
-                )
+                most = MAX_FIELD_BYTES
+                expect(size <= most, f"fields of {most} bytes at most beside a tensor's own", size)
             at += size
     expect(at >= end, f"{MAX_FIELDS} fields at most", "more")
 
@@ -1683,8 +1683,7 @@ class Router:
         logger.info("peer %s failed (%s): banned for %.0f s", peer, reason, seconds)
 
     def succeeded(self, peer: PeerID) -> None:
-        if self.bans:
-            self.bans.pop(peer, None)
+        self.bans.pop(peer, None)
 
     def compression(self, peer: PeerID, size: int) -> int:
         """How to send a payload of `size` bytes to a server, and its answer back, in hivemind's terms. A
@@ -2013,10 +2012,8 @@ class History:
 
     def add(self, step: Step, source: Source) -> None:
         """Take note of a finished step. Nothing is kept after a gap, for it could not be replayed."""
-        if self.length > step.start:
-            self.rewind(step.start)
-        if step.hypo_ids is not None:
-            self.reorder(step.hypo_ids)
+        self.rewind(step.start)
+        self.reorder(step.hypo_ids)
         if step.end > step.start == self.length:
             self.chunks.append(Chunk(step.start, step.end, source, step.prompts, step.whole))
 
@@ -2071,7 +2068,7 @@ class Watch:
         probe = asyncio.ensure_future(self.router.probe(self.peer, patience))
         try:
             await _any_done([*answers, probe])
-            if not probe.done():
+            if any(answer.done() for answer in answers):
                 return
             progress = probe.result()
             if progress is None or progress != self.progress:
@@ -2085,11 +2082,11 @@ class Watch:
                 raise PeerError(f"it fell silent ({error})", self.peer, silent=True) from error
         finally:
             probe.cancel()
-        if time.monotonic() > self.moved + STUCK_SECONDS and not any(answer.done() for answer in answers):
+        if time.monotonic() > self.moved + STUCK_SECONDS:
             raise PeerError("it lives, but computes nothing", self.peer)
 
     def _bytes(self) -> int:
-        """That moved so far."""
+        """How many moved so far, between us and all servers of the route."""
         return sum(stream.moved for stream in {self.stream, *self.others} - {None})
 
 
@@ -2163,8 +2160,8 @@ class Hop:
     async def _deliver(self, tensors: list[Tensor], metadata: dict, compression: int) -> None:
         try:
             size = sum([tensor.nbytes for tensor in tensors])
-            terms = compression, 1, self.ours
-            request = await _off_loop(size, pack_request, self.uid, tensors, metadata, *terms)
+            given = self.uid, tensors, metadata, compression
+            request = await _off_loop(size, lambda: pack_request(*given, in_order=self.ours))
             await self.stream.send(request)
         except Exception as error:
             self._fail(error)
@@ -4323,8 +4320,7 @@ def checked_metadata(request: ExpertRequest) -> dict:
     metadata = {key: value for key, value in unpack_metadata(request).items() if value is not None}
     for key in filter(metadata.__contains__, _CHECK_OF):
         check, wanted = _CHECK_OF[key]
-        if not check(metadata[key]):
-            expect(False, f"{key} to be {wanted}", metadata[key])
+        expect(check(metadata[key]), f"{key} to be {wanted}", metadata[key])
     return metadata
 
 

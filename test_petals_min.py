@@ -63,6 +63,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import AsyncIterator  # noqa: UP035 - hivemind knows no other
+from unittest.mock import Mock
 
 import hivemind
 import msgpack
@@ -3768,7 +3769,7 @@ def test_what_large_messages_take_is_bounded(recorded_servers, monkeypatch):
     sizes = runtime_pb2.Tensor(size=[1] * 2**19).SerializeToString()
     many = ExpertRequest(tensors=[runtime_pb2.Tensor.FromString(sizes)]).SerializeToString()
     for number, body, wrong in (
-        (20, b"\x12\0" * 2**18, "256 fields at most"),  # empty tensors
+        (20, b"\x12\0" * 2**18, "128 fields at most"),  # empty tensors
         (21, many, "256 bytes at most beside a tensor's own"),
         (22, b"\xff" * 2**19, "a number without an end"),
         (23, b"\x12" + b"\xff" * 8 + b"\x7f" + bytes(2**19), "expected an ExpertRequest"),
@@ -3868,6 +3869,32 @@ def test_what_no_program_can_write_down_is_refused_like_all_else():
         lists = [lists]
     with pytest.raises(ValueError, match="expected a number; list came"):
         pm.expect(False, "a number", lists)
+
+
+def test_a_server_is_not_silent_while_others_answers_fill_our_link(monkeypatch):
+    """Nor where its own answer comes with the second probe's failure."""
+    monkeypatch.setattr(pm, "PROBE_SECONDS", 0.01)
+    own, other = Mock(moved=0), Mock(moved=0)
+
+    async def look(moves: bool, answers: bool) -> int:
+        answer, probes = asyncio.get_running_loop().create_future(), []
+
+        async def probe(*_: object) -> None:
+            probes.append(1)
+            other.moved += moves
+            if answers and len(probes) == 2:
+                answer.set_result(None)
+            raise pm.PeerError("no answer", silent=True)
+
+        watch = pm.Watch(SimpleNamespace(pings={}, probe=probe), "peer", 1, own, [own, other])
+        for _ in range(4):
+            await watch.look_after(answer)
+        return len(probes)
+
+    assert pm.wire().call(look(True, False)) == 4
+    with pytest.raises(pm.PeerError, match="fell silent"):
+        pm.wire().call(look(False, False))
+    assert pm.wire().call(look(False, True)) == 2
 
 
 def test_a_stream_ends_some_time_after_its_last_message(recorded_servers, monkeypatch):
