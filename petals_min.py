@@ -85,6 +85,7 @@ import operator
 import os
 import random
 import re
+import resource
 import shlex
 import signal
 import socket
@@ -5008,6 +5009,8 @@ class Server:
 # 21  Command line
 # ============================================================================================================
 
+MAX_FILES = 2**16  # that a server opens, if it may: none of its limits lets it come near
+
 
 def _type(expected: str, convert: Callable[[str], Any], holds: Callable[[Any], Any]) -> Callable[[str], Any]:
     """A flag's type: what `convert` makes of its text, if that `holds`; where either fails, one line."""
@@ -5085,6 +5088,15 @@ def _end_on_signals() -> None:
         signal.signal(number, handle)
 
 
+def _allow_files() -> None:
+    """Let this process open more files than the 1,024 of most shells: each stream of libp2p's is one. A peer
+    may open 512 of them; on a machine of 24 GiB 5,100 were open at most."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for most in (hard, MAX_FILES):
+        with contextlib.suppress(ValueError):  # more than it may
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def _listening(port: int = 0, public_ip: str | None = None, **options: Any) -> dict[str, Any]:
     """hivemind's options in place of Petals' --port and --public_ip; the other options stay. UserError if
     somebody listens on such a port: libp2p would share it, and each connection would reach either by
@@ -5140,6 +5152,7 @@ def run_serve(model: str, new_swarm: bool = False, initial_peers: Sequence[str] 
     --direct_port                  for neighbours' streams without libp2p; 0: any (default), -1: none
     --identity_path                file of the peer's key, made if missing: keeps the peer id"""
     _end_on_signals()
+    _allow_files()
     _require(not (new_swarm and initial_peers), "give either --new_swarm or --initial_peers")
     peers = [] if new_swarm else (initial_peers or PUBLIC_INITIAL_PEERS)
     same = _some(options, ["dht_prefix", "revision"]).items()

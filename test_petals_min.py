@@ -44,6 +44,7 @@ import math
 import os
 import random
 import re
+import resource
 import select
 import signal
 import socket
@@ -6150,6 +6151,43 @@ def test_what_a_server_tells_others(llama, folder):
     with Process(folder, "dht", "--identity_path", key, *elsewhere, forked=True) as peer:
         same = hello["peer_id"]
         assert peer.hello()["initial_peers"] == [f"/ip4/127.0.0.1/tcp/4/p2p/{same}"]
+
+
+@torch.no_grad()
+def test_a_server_opens_more_streams_than_a_shell_allows_files(llama, folder):
+    """Each is a file; so are a stranger's that say nothing."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+    try:
+        server = Process(folder, "serve", llama.path, "--new_swarm", "--dht_prefix", "many-hf", *SERVE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with server:
+        hello = server.hello()
+        options = {"initial_peers": hello["initial_peers"], "dht_prefix": "many-hf", "max_retries": 0}
+        layers = pm.AutoDistributedModelForCausalLM.from_pretrained(llama.path, **options).model.layers
+        p2p, peer = layers.router.swarm.p2p, pm.peer_of(hello["peer_id"])
+
+        strangers: list[pm.Stream] = []
+
+        async def open_some() -> None:
+            """libp2p opens one when there is something to send, and refuses some where many come at once."""
+            for _ in range(10):
+                strangers.append(await pm.Stream.open(p2p, peer, "rpc_inference", PATIENCE))
+                strangers[-1].writer.write(b"\0")
+
+        def files() -> int:
+            pm.wire().call(open_some())
+            return len(os.listdir(f"/proc/{server.popen.pid}/fd"))
+
+        until(lambda: files() > 260)
+        hidden = torch.randn(1, 4, llama.reference.config.hidden_size)
+        due = layers(hidden)
+        with layers.inference_session(max_length=4) as session:
+            close(session.step(hidden), due)
+        for stream in strangers:
+            pm.wire().soon(stream.close)
+        assert server.end()[0] == 0
 
 
 def tokenizer_for(path: Path) -> transformers.PreTrainedTokenizerBase:
