@@ -209,8 +209,10 @@ class AllocationFailed(PetalsError):
     """A server has no room in its attention cache."""
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _first_line(error: BaseException | str) -> str:
+    """Of what it says, without what could move a terminal's cursor: a peer may have said it."""
+    line = next((line for line in str(error)[:1000].splitlines() if line.strip()), type(error).__name__)
+    return "".join([each if each.isprintable() else " " for each in line])
 
 
 @contextlib.contextmanager
@@ -564,8 +566,14 @@ class ClientConfig:
 
     def attach_to(self, config: PretrainedConfig, kwargs: dict) -> PretrainedConfig:
         """Set each field on a transformers config: from `kwargs` (taken out), else as it is, else ours."""
-        for name, ours in vars(self).items():
-            setattr(config, name, kwargs.pop(name, getattr(config, name, ours)))
+        for entry in dataclasses.fields(self):
+            value = kwargs.pop(entry.name, getattr(config, entry.name, getattr(self, entry.name)))
+            convert = {"int": operator.index, "float": float}.get(entry.type.removesuffix(" | None"))
+            if convert and value is not None and value != math.inf:
+                text = f"{entry.name} {value!r}: expected a number, of type {entry.type}"
+                with _failing_as(UserError, text, (TypeError, ValueError)):
+                    value = convert(value)  # NumPy's, a tensor's
+            setattr(config, entry.name, value)
         for name in ("initial_peers", "allowed_servers", "blocked_servers"):
             some = getattr(config, name)
             some = [some] if some and isinstance(some, (str, Multiaddr, PeerID)) else some
@@ -718,7 +726,7 @@ def parse_dtype(dtype: Any) -> torch.dtype | None:
 # 4  Wire: tensors, requests and calls, as PROTOCOL.md has them
 # ============================================================================================================
 
-NOTHING = torch.empty(0)  # on the wire an absent tensor is an empty one
+NOTHING = torch.empty(0, dtype=torch.float32)  # on the wire an absent tensor is an empty one
 NO_IDS = torch.empty(0, dtype=torch.int64)
 HANDLER = "TransformerConnectionHandler"  # the name that every Petals peer calls
 COMPRESSIONS = runtime_pb2.CompressionType.values()  # that an answer may be asked for in
@@ -951,6 +959,10 @@ class Stream:
         info, reader, writer = await _within(timeout, peer, opening)
         return cls(peer, reader, writer, str(info.addr))
 
+    def abandon(self) -> None:
+        """End it, though something be left to be sent: a frozen peer reads nothing any more."""
+        self.writer.transport.abort()
+
     @property
     def moved(self) -> int:
         """Bytes that have left us or come: while it grows, the peer or what is before it lives."""
@@ -985,9 +997,11 @@ class Stream:
         failed = head[:1] == P2P.ERROR_MARKER
         expect(failed or head[:1] == P2P.MESSAGE_MARKER, "a marker, 0 or 1", head[:1])
         body = await self._read_exactly(int.from_bytes(head[1:], P2P.BYTEORDER))
-        if len(body) > OFFLOAD_BYTES:
-            _check_fields(body, 0, len(body))
-        return (RPCError if failed else kind).FromString(body)
+        parse = (RPCError if failed else kind).FromString
+        if len(body) <= OFFLOAD_BYTES:
+            return parse(body)
+        _check_fields(body, 0, len(body))
+        return await asyncio.to_thread(parse, body)
 
     async def _read_exactly(self, count: int) -> bytes:
         """In pieces, so that a slow answer is seen to come."""
@@ -1009,7 +1023,7 @@ class Stream:
         """The next message; PeerError if the peer reports an error or the stream ends."""
         message = await _within(None, self.peer, self._read_message(kind))
         if isinstance(message, RPCError):
-            raise PeerError(message.message, self.peer)
+            raise PeerError(_first_line(message.message), self.peer)
         return message
 
     async def converse(self, request: ExpertRequest, tensors: int) -> ExpertResponse:
@@ -1144,7 +1158,7 @@ class Door:
         self.tickets: dict[bytes, tuple[float, bytes, PeerID, str]] = {}  # id -> until, key, peer, handler
         # connections that have not shown a ticket, the oldest first, and when they must have; others
         self.strangers: dict[Sealed, asyncio.TimerHandle] = {}
-        self.known: set[Sealed] = set()
+        self.known: dict[Sealed, PeerID] = {}
 
     async def listen(self, host_maddrs: Iterable[Any], port: int) -> None:
         """On the hosts where libp2p listens. OSError if the port is taken."""
@@ -1157,6 +1171,7 @@ class Door:
     def ticket(self, peer: PeerID, rpc: str) -> dict[str, Any]:
         """For one connection of this peer to one of our handlers."""
         open = self.listeners and len(self.known) < MAX_DIRECT
+        open = open and sum([each == peer for each in self.known.values()]) < MAX_DIRECT // 4
         expect(rpc in DIRECT and open, f"one of {DIRECT}, where there are direct streams", rpc)
         now, id, key = time.monotonic(), os.urandom(ID_BYTES), AESGCM.generate_key(128)
         for old, (until, *_) in list(self.tickets.items()):  # the oldest first
@@ -1176,7 +1191,7 @@ class Door:
         """The connection has shown its ticket, or is lost."""
         if one in self.strangers:
             self.strangers.pop(one).cancel()
-        self.known.discard(one)
+        self.known.pop(one, None)
 
     def admit(self, one: Sealed, id: bytes) -> None:
         """Give the connection to the handler that its ticket is for, as libp2p's daemon does with a
@@ -1185,7 +1200,7 @@ class Door:
         if until < time.monotonic():
             return one.transport.abort()
         self.leave(one)
-        self.known.add(one)
+        self.known[one] = peer
         one.aead = AESGCM(key)
         one.transport.write(one.seal(b"\0"))
         handler = self.p2p._client.control.handlers[name]
@@ -1273,7 +1288,7 @@ class Roads:
 # ============================================================================================================
 
 OFFLINE, JOINING, ONLINE = 0, 1, 2
-MAX_TEXT = MAX_PINGS = 1000  # characters of a text, round trips: a record with more is refused
+MAX_TEXT, MAX_PINGS = 1000, 100  # characters of a text, round trips: a record with more is refused
 _NOBODY = "none of the initial peers answers; check the addresses, and that they run and are reachable"
 _JOIN_ERRORS = {  # what hivemind and libp2p say -> what it means, what to do
     "failed to connect to bootstrap": _NOBODY,
@@ -1586,6 +1601,7 @@ HOP_SECONDS = 0.002  # what one more server costs besides the network: two hand-
 SLOW_PING = 0.008  # seconds of round trip from which on a link is slow: compression may help
 MAX_PING = 2.0  # seconds: the round trip of a server that did not answer a ping
 PING_SECONDS = 0.5  # for which the first reading waits for round trips
+MAX_KNOWN = 4096  # servers that a client remembers
 CACHE_PENALTY = 10.0  # seconds added for a server whose cache does not hold the session (Petals' alloc_delay)
 MAX_FLYING_BYTES = 2**28  # of a client's forward and backward requests at once
 NO_ROOM = ("no room for", "Could not allocate")  # how a server says so, ours and Petals'
@@ -1601,6 +1617,7 @@ class Router:
 
     def __init__(self, swarm: Swarm, config: PretrainedConfig):
         self.swarm, self.config, self.prefix = swarm, config, config.dht_prefix
+        self.wire = wire()
         self.settings = vars(config)  # what each step asks for: transformers' own way there is three calls
         self.spans: list[Span] = []
         self.offers: list[Span] = []  # those included that lack what we ask for
@@ -1642,7 +1659,11 @@ class Router:
         table = await read_directory(self.swarm, self.prefix, num_blocks(self.config))
         self.offers = list(filter(self._allowed, spans_of(table)))
         self.spans = list(filter(self._offers_all, self.offers))
-        self.known |= {span.peer: span for span in self.spans}
+        known = self.known | {span.peer: span for span in self.spans}
+        self.known = dict(list(known.items())[-MAX_KNOWN:])
+        for its in (self.pings, self.indirect):
+            for peer in its.keys() - self.known:
+                del its[peer]
         peers, now = list({span.peer for span in self.spans}), time.monotonic()
         self.bans = {peer: ban for peer, ban in self.bans.items() if peer in peers or ban[0] >= now}
         some = random.sample(peers, min(self.config.max_pinged, len(peers)))
@@ -1771,16 +1792,17 @@ class Router:
         good = [span for span in filter(needs, self.spans) if self.bans.get(span.peer, (0.0,))[0] <= now]
         return all(any(span.start <= index < span.end for span in good) for index in range(start, end))
 
-    async def longest(self, blocks: range, rows: int) -> tuple[float, float]:
+    async def longest(self, blocks: range, rows: int, tokens: int = 0) -> tuple[float, float]:
         """Tokens of each row of the longest session that some server of each of these blocks says it takes,
-        and that all of them do."""
+        and that all of them do that take one of so many tokens."""
         await self.refresh(self.config.update_period, wait=False)
         takes = {}
         for span in self.spans:
             length, room = span.info.max_length or math.inf, span.info.cache_tokens
             takes[span] = min(length, room // rows // PAGE * PAGE if room else math.inf)
         here = [[most for span, most in takes.items() if span.start <= i < span.end] for i in blocks]
-        return tuple(min(which(each, default=math.inf) for each in here) for which in (max, min))
+        usual = (min((most for most in each if most >= tokens), default=math.inf) for each in here)
+        return min(max(each, default=math.inf) for each in here), min(usual)
 
     def _asked(self) -> str:
         """What we ask for that servers may lack, and what they have of it."""
@@ -1802,14 +1824,18 @@ class Router:
         serves all pairs of them.
         """
         costs = {span: self._costs(span, tokens) for span in self.spans}
+        here, legs = {span.name for span in self.spans}, {}
+        for span in self.spans:
+            pings = (span.info.next_pings or {}).items()
+            legs[span] = [(name, ping / 2) for name, ping in pings if name in here]
         # the last server -> seconds, and its way: ((span, first block), ...)
         best: dict[Span, tuple[float, tuple]] = {}
         by_us: tuple[float, tuple] = (0.0, ())  # the best of them, and back to us
         for index, spans in enumerate(self._usable(start, end, needs), start):
             announced: dict[str, tuple[float, tuple]] = {}  # a next server's name -> the best leg to it
             for last, (seconds, way) in best.items():
-                for name, ping in (last.info.next_pings or {}).items():
-                    announced[name] = min(announced.get(name, _FAR), (seconds + ping / 2, way), key=_seconds)
+                for name, half in legs[last]:
+                    announced[name] = min(announced.get(name, _FAR), (seconds + half, way), key=_seconds)
             reached = {}
             for span in spans:
                 half, toll, compute = costs[span]
@@ -2209,6 +2235,7 @@ class Hop:
             self._fail(PeerError("the session was closed", self.span.peer))
             farewell = _spawn(_at_most(FAREWELL_SECONDS, self._farewell()))
             farewell.add_done_callback(lambda _: self.reader.cancel())
+            asyncio.get_running_loop().call_later(2 * FAREWELL_SECONDS, self.stream.abandon)
 
     async def _farewell(self) -> None:
         await self.stream.send(ExpertRequest())
@@ -2452,7 +2479,7 @@ class Route:
         each = max(1, PART_BYTES * count // max(1, sum(tensor.nbytes for tensor in own)))  # blocks of a step
         for first in range(0, count, each):
             some = {"own": _tuned_of(own, slice(first, first + each)), **lora_terms(config, first)}
-            empty = Step(0, torch.empty(len(self.rows), 0, config.hidden_size))
+            empty = Step(0, torch.empty(len(self.rows), 0, config.hidden_size, dtype=torch.float32))
             await self._carry(empty, [hop], **terms, **some)
 
 
@@ -2469,6 +2496,12 @@ def _require(holds: Any, otherwise: str) -> None:
     """Every check of what a user asks for: UserError unless it holds."""
     if not holds:
         raise UserError(otherwise)
+
+
+def _whole(value: Any, name: str) -> int:
+    """A whole number, perhaps NumPy's or a tensor's. UserError."""
+    with _failing_as(UserError, f"{name} {value!r}: expected a whole number", TypeError):
+        return operator.index(value)
 
 
 def _check(config: PretrainedConfig, blocks: range, hidden: Tensor, prompts: Tensor | None, left_pad) -> None:
@@ -2505,6 +2538,7 @@ def _left_pad(mask: Tensor | None, position_ids: Tensor | None, hidden: Tensor, 
     first, count = (ones.cumsum(1) == 0).sum(1, keepdim=True), ones.sum(1, keepdim=True)
     whole = torch.equal(ones, (places >= first) & (places < first + count)) and (mask is None or count.all())
     text = "attention_mask: expected rows of zeros, ones, zeros (padding left and right; left for generate)"
+    text += "; generate without one takes pad tokens for padding"
     _require(whole, text)
     if given is not None:
         ways = plain, (plain - first).clamp(min=0)  # what stands at padding does not matter
@@ -2552,7 +2586,8 @@ class InferenceSession(transformers.Cache):
         # fixed when opened
         self.router, self.config, self.blocks = layers.router, layers.config, layers.blocks
         self._usual = min(2048, getattr(layers.config, "max_position_embeddings", 2048))
-        self.max_length, self.left_pad, self._grows = max_length, list(left_pad), max_length is None
+        self.max_length = None if max_length is None else _whole(max_length, "max_length")
+        self.left_pad, self._grows = [_whole(pad, "left_pad") for pad in left_pad], max_length is None
         self.spare = 0  # tokens beyond: prompt lookup tries them and takes them back
         rotary = positions.Rotary(self.config, 0, "cpu")
         self._rotary_limit = rotary.limit if rotary.varies else math.inf
@@ -2567,10 +2602,12 @@ class InferenceSession(transformers.Cache):
         # since position 0: the rows may then differ from the text that `generate` returned
         self.reordered = False
         self.output_ids: Tensor | None = None  # [B, tokens] of the `generate` calls so far
+        self.writing = False  # whether it is `generate` that steps
         self.ends: list[int] = []  # token ids that end a row in the current or last `generate`
         self.even = math.inf  # up to where no row has padding because it ended before others
         self._active, self._tokens = layers._active, []
         self._seconds: list[float] = []  # of each step, if the config says `trace`
+        self._begun = 0  # steps that the servers may have seen something of
         # owned by the wire thread
         self._lock = asyncio.Lock()
         self._terms: tuple = ()  # batch size and padding for which the routes were made
@@ -2626,8 +2663,9 @@ class InferenceSession(transformers.Cache):
 
     @position.setter
     def position(self, position: int) -> None:
-        past, least = self._position, self.prefix + max(self.left_pad, default=0)
-        fits = type(position) is int and (position == 0 or least <= position <= past)
+        position, past = _whole(position, "position"), self._position
+        least = self.prefix + max(self.left_pad, default=0)
+        fits = position == 0 or least <= position <= past
         text = f"position {position}: a session of {past} tokens can only go back"
         _require(fits, f"{text}, to {least} or more, or to 0")
         if position == 0:
@@ -2638,7 +2676,8 @@ class InferenceSession(transformers.Cache):
 
     def set_left_pad(self, left_pad: Sequence[int]) -> None:
         """Say how many of each row's first tokens are padding: before the first of them is sent."""
-        left_pad = list(left_pad) if any(left_pad) else []
+        left_pad = [_whole(pad, "left_pad") for pad in left_pad]
+        left_pad = left_pad if any(left_pad) else []
         free = not self._position or left_pad == self.left_pad
         _require(free, f"the padding of a session's rows is fixed: {self.left_pad} so far, now {left_pad}")
         self.left_pad = left_pad
@@ -2665,15 +2704,31 @@ class InferenceSession(transformers.Cache):
         stood.
         """
         _require(not self.closed, "this session is closed; open another with model.inference_session()")
-        if hidden.ndim == 3:
-            self._start_over_unless(len(hidden))
-        _check(self.config, self.blocks, hidden, prompts, self.left_pad)
         trains = self._trains or any(t is not None and t.requires_grad for t in (hidden, prompts))
         if trains and torch.is_grad_enabled():
             text = "the steps of a session give no gradients: train without one and without use_cache=True"
             warnings.warn(f"{text}; here torch.no_grad() is in place", stacklevel=2)
-        rows, T, past, ids = len(hidden), hidden.shape[1], self._position, _on_cpu(hypo_ids, torch.int64)
         length = self.max_length
+        with self._unless_refused():
+            step = self._next_step(hidden, prompts, hypo_ids)
+        if hidden.shape[1] and not (self._position or self.writing):  # a new text, its ids unknown
+            self.output_ids, self.even = None, math.inf
+        self.batch_size_, self._begun, began = len(hidden), self._begun + 1, time.perf_counter()
+        try:
+            output = wire().call(self._run(step)).to(hidden.device, hidden.dtype)
+        except BaseException:
+            self.max_length = length
+            raise
+        if self.config.trace:
+            self._seconds.append(time.perf_counter() - began)
+        return output
+
+    def _next_step(self, hidden: Tensor, prompts: Tensor | None, hypo_ids: Tensor | None) -> Step:
+        """What is asked for, if it can be, with room for it."""
+        if hidden.ndim == 3:
+            self._start_over_unless(len(hidden))
+        _check(self.config, self.blocks, hidden, prompts, self.left_pad)
+        rows, T, past, ids = len(hidden), hidden.shape[1], self._position, _on_cpu(hypo_ids, torch.int64)
         self.reserve(past + T, self._usual - past - T, rows)
         text = f"prefix {past} + current {T} exceeds pre-allocated maximum {self.max_length} tokens"
         text += ": open a session with model.inference_session(max_length=…)"
@@ -2684,16 +2739,7 @@ class InferenceSession(transformers.Cache):
         if order is not None and order.tolist() == list(range(len(order))):
             order = None
         whole = past + T if past + T > self._rotary_limit else 0
-        step = Step(past, _on_cpu(hidden), _on_cpu(prompts, hidden.dtype), order, whole)
-        self.batch_size_, began = len(hidden), time.perf_counter()
-        try:
-            output = wire().call(self._run(step)).to(hidden.device, hidden.dtype)
-        except BaseException:
-            self.max_length = length
-            raise
-        if self.config.trace:
-            self._seconds.append(time.perf_counter() - began)
-        return output
+        return Step(past, _on_cpu(hidden), _on_cpu(prompts, hidden.dtype), order, whole)
 
     def reserve(self, tokens: int, ahead: int, rows: int) -> None:
         """Where nobody chose a length: see to it that there is room for so many tokens, and for some ahead of
@@ -2701,10 +2747,22 @@ class InferenceSession(transformers.Cache):
         tokens = max(1, tokens)
         if self._grows and tokens > (self.max_length or 0):
             ahead = max(ahead, tokens if self.max_length else 0)
-            most, usual = wire().call(self.router.longest(self.blocks, rows))
+            most, usual = wire().call(self.router.longest(self.blocks, rows, tokens))
             text = f"{rows} rows of {tokens} tokens: these servers take {most:g} a row at most"
             _require(tokens <= most, text)
             self.max_length = int(max(tokens, min(tokens + ahead, usual)))
+
+    @contextlib.contextmanager
+    def _unless_refused(self) -> Iterator[None]:
+        """What fails before a step is under way leaves the session as it was."""
+        names = ("_position", "_reorder", "reordered", "prefix", "output_ids", "left_pad", "max_length")
+        before, begun = {name: getattr(self, name) for name in names}, self._begun
+        try:
+            yield
+        except BaseException:
+            if self._begun == begun:
+                vars(self).update(before)
+            raise
 
     def _start_over_unless(self, rows: int) -> None:
         """With another batch size than its own a session starts over at position 0."""
@@ -2722,7 +2780,8 @@ class InferenceSession(transformers.Cache):
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._active.reset(self._tokens.pop())
+        with contextlib.suppress(ValueError):  # entered in another context, by a web server's thread
+            self._active.reset(self._tokens.pop())
         self.close()
 
     # ---- in the wire thread
@@ -2817,8 +2876,8 @@ class RemoteSequential(nn.Module):
     def router(self) -> Router:
         """Joins the swarm at the first use; any thread."""
         with self._opening:
-            if not self._routers:
-                self._routers.append(Router(Swarm.of(self.config, self._dht), self.config))
+            if not self._routers or self._routers[0].wire is not wire():  # a forked child has another
+                self._routers[:] = [Router(Swarm.of(self.config, self._dht), self.config)]
             return self._routers[0]
 
     def __len__(self) -> int:
@@ -2871,6 +2930,7 @@ class RemoteSequential(nn.Module):
         session = self.active_session
         if session is not None:
             return session.step(hidden, prompts)
+        left_pad = [_whole(pad, "left_pad") for pad in left_pad]
         _check(self.config, self.blocks, hidden, prompts, left_pad)
         T, pad = hidden.shape[1], max(left_pad, default=0)
         P = 1 if prompts is None else prompts.shape[2]
@@ -3036,6 +3096,8 @@ _TRAINED = r"prompt_embeddings|lora_|^score\."  # parameters that begin anew, an
 class _Distributed:
     """What all distributed models share: loading, sessions. Mixed in before a transformers class."""
 
+    _sizes: dict[str, torch.Size] = {}  # of the base checkpoint's tensors
+
     def __init__(self, config: PretrainedConfig, *args: Any, dht: Any = None, **kwargs: Any):
         local = copy.copy(config)
         local.num_hidden_layers = 0  # transformers builds everything but the blocks
@@ -3068,7 +3130,8 @@ class _Distributed:
         hub = {key: value for key in HUB if (value := kwargs.pop(key, None)) is not None}
         with torch.device("meta"):
             wanted = cls(config).state_dict()
-        tensors, trained = Checkpoint(name, **hub).select(wanted, f"{cls.base_model_prefix}."), {}
+        rest = tensors = Checkpoint(name, **hub).select(wanted, f"{cls.base_model_prefix}.")
+        trained: dict[str, Tensor] = {}
         base = config.base_model_name_or_path
         config.base_model_revision = config.base_model_revision if base else hub.get("revision")
         if base:
@@ -3088,7 +3151,7 @@ class _Distributed:
         how = {"config": config, "state_dict": new | tensors, "dtype": dtype}
         loaded = super().from_pretrained(None, *args, **how, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
-        model.config.name_or_path = name
+        model.config.name_or_path, model._sizes = name, {key: tensor.shape for key, tensor in rest.items()}
         if model.can_generate() and not given:
             with contextlib.suppress(OSError):  # many models have no generation_config.json
                 model.generation_config = transformers.GenerationConfig.from_pretrained(name, **hub)
@@ -3104,7 +3167,9 @@ class _Distributed:
         is trained. A LoRA is also saved in PEFT's format, for PEFT and for servers to host."""
         given = kwargs.pop("state_dict", None)  # transformers' Trainer gives all that is here
         state = self.state_dict() if given is None else given
-        trained = {name: state[name] for name, p in self.named_parameters() if p.requires_grad}
+        sizes = self._sizes  # resize_token_embeddings makes others
+        trained = {name: state[name] for name, p in self.named_parameters()
+                   if p.requires_grad or p.shape != sizes.get(name, p.shape)}  # fmt: skip
         base = self.config.base_model_name_or_path or self.config.name_or_path
         base = os.path.abspath(base) if os.path.isdir(base) else base
         self.config.base_model_name_or_path = base if trained else None
@@ -3161,35 +3226,41 @@ class _Base(_Distributed):
         """
         session = _take_cache({**kwargs, "past_key_values": past_key_values}) or self.remote.active_session
         given = {key: value for key, value in kwargs.items() if value is not None}
-        embeds, layers = given.get("inputs_embeds"), self.remote
+        embeds = given.get("inputs_embeds")
         _require((input_ids is None) != (embeds is None), "give either input_ids or inputs_embeds")
         extras = ("output_attentions", "output_hidden_states", "output_router_logits")
         asked = [name for name in extras if given.get(name, getattr(self.config, name, False))]
         _require(not asked, f"{asked} stay on the servers; layers[:k] computes the hidden states of block k")
         if session is None and given.get("use_cache"):
-            session = layers.inference_session()
+            session = self.remote.inference_session()
         hidden = self.get_input_embeddings()(input_ids) if embeds is None else embeds
-        past, begins, deep, P = 0, True, None, 0
+        with session._unless_refused() if session is not None else contextlib.nullcontext():
+            hidden = self._through_blocks(hidden, session, attention_mask, position_ids)
+        # this type has every field that a family's head reads: Mixtral's its router_logits
+        output = MoeModelOutputWithPast(self.ln_f(hidden), session)
+        return output.to_tuple() if given.get("return_dict") is False else output
+
+    def _through_blocks(self, hidden: Tensor, session: InferenceSession | None, mask, position_ids) -> Tensor:
+        """Embeddings [B, T, H] -> [B, T, H], with soft prompts before them on the way."""
+        past, begins, deep, P, layers = 0, True, None, 0, self.remote
         if session is not None:
             ours = layers.blocks
             if session.blocks != ours or session.router is not layers.router:  # its repr takes a while
                 raise UserError(f"{session!r}: expected one of {layers!r}, of this model")
             session._start_over_unless(len(hidden))
             past, begins = session.get_seq_length(), not session.position
-        left_pad = _left_pad(attention_mask, position_ids, hidden, past)
+        left_pad = _left_pad(mask, position_ids, hidden, past)
         if begins and self.prompted:
             (hidden, deep), P = self._prompted(hidden, left_pad), self.config.pre_seq_len
         hidden = self.word_embeddings_layernorm(hidden)
         if session is None:
             hidden = layers(hidden, deep, left_pad)
         else:
-            if attention_mask is not None or begins:
+            if mask is not None or begins:
                 session.set_left_pad(left_pad)
             hidden = session.step(hidden, deep)
             session.prefix += P
-        # this type has every field that a family's head reads: Mixtral's its router_logits
-        output = MoeModelOutputWithPast(self.ln_f(hidden[:, P:]), session)
-        return output.to_tuple() if given.get("return_dict") is False else output
+        return hidden[:, P:]
 
 
 class _Head(nn.Linear):
@@ -3197,6 +3268,11 @@ class _Head(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return matmul.few(hidden, self.weight, self.bias)
+
+
+def _pads_of(left_pad: Sequence[int], rows: int) -> list[int]:
+    """The padding of so many texts, from that of their beams."""
+    return [left_pad[row * len(left_pad) // rows] for row in range(rows)] if left_pad else []
 
 
 class _CausalLM(_Distributed):
@@ -3223,19 +3299,24 @@ class _CausalLM(_Distributed):
         fits = embeds is None or session is None or not session.position
         _require(fits, "inputs_embeds: only a session at position 0 can begin with them; give ids")
         with contextlib.ExitStack() as ours:
-            if session is None:
+            if opened := session is None:
                 session = ours.enter_context(contextlib.closing(self.inference_session()))
-            elif cache is None:
-                inputs, seen = self._resume(session, inputs, kwargs)
-            elif inputs is not None and session.get_seq_length() == inputs.shape[1]:  # of the whole text, as
-                session.keep(inputs.shape[1] - 1)  # transformers has it, something must be left to compute
-            try:
-                with self.remote.use_session(None):  # what else calls the model meanwhile is another text
-                    result = super().generate(inputs, *args, **{_CACHE: session}, **kwargs)
-            except BaseException:
-                if cache is None and session.output_ids is not None:  # what it left in the caches goes
-                    session.keep(min(session.get_seq_length(), session.output_ids.shape[1]))
-                raise
+            with session._unless_refused():
+                if not opened and cache is None:
+                    inputs, seen = self._resume(session, inputs, self._several(*args, **kwargs), kwargs)
+                elif inputs is not None and session.get_seq_length() == inputs.shape[1]:  # of the whole text,
+                    session.keep(inputs.shape[1] - 1)  # as transformers has it: something must be left
+                session.writing = True
+                try:
+                    with self.remote.use_session(None):  # what else calls the model meanwhile is another text
+                        result = super().generate(inputs, *args, **{_CACHE: session}, **kwargs)
+                except BaseException:
+                    if cache is None and session.output_ids is not None:  # what it left in the caches goes
+                        session.keep(min(session.get_seq_length(), session.output_ids.shape[1]))
+                        session.left_pad = _pads_of(session.left_pad, len(session.output_ids))
+                    raise
+                finally:
+                    session.writing = False
             plain = isinstance(result, Tensor)
             if not plain:
                 ours.pop_all()  # the result holds the session: it is closed when it is dropped
@@ -3251,16 +3332,21 @@ class _CausalLM(_Distributed):
 
     def _note(self, session: InferenceSession, text: Tensor, given: int) -> None:
         """Let the session go on from this text [B, T], whose first tokens were given."""
-        rows, pads = len(text), session.left_pad
-        if session.reordered or rows != session.batch_size_:  # the caches hold other beams: they start over
-            session.reset()
-        session.left_pad = [pads[row * len(pads) // rows] for row in range(rows)] if pads else []
+        if session.reordered or len(text) != session.batch_size_:  # the caches hold other beams: they
+            session.reset()  # start over
+        session.left_pad = _pads_of(session.left_pad, len(text))
         session.output_ids, ends = text, torch.tensor(session.ends, dtype=text.dtype, device=text.device)
         # rows that ended before others: what follows their end is padding
         ended = torch.isin(text[:, given:-1], ends).any(0).nonzero()
         session.even = given + ended[0].item() + 1 if len(ended) else math.inf
 
-    def _resume(self, session: InferenceSession, inputs: Tensor | None, kwargs: dict) -> tuple:
+    def _several(self, config: Any = None, *_: Any, generation_config: Any = None, **kwargs: Any) -> int:
+        """Rows of each text: its beams or continuations, by transformers' `generate`'s arguments."""
+        config = config or generation_config or self.generation_config
+        names = ("num_beams", "num_return_sequences")
+        return max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
+
+    def _resume(self, session: InferenceSession, inputs: Tensor | None, several: int, kwargs: dict) -> tuple:
         """Put the session's text so far before the inputs, and its mask before theirs; returns also its
         length."""
         past, given = session.output_ids, kwargs.get("attention_mask")
@@ -3276,7 +3362,10 @@ class _CausalLM(_Distributed):
         _require(past.shape[1] <= session.even, text)
         whole = past if inputs is None else torch.cat([past, inputs.to(past.device)], dim=1)
         # something must be left to compute
-        usable = 0 if session.reordered or len(past) != session.batch_size_ else past.shape[1]
+        fits = not session.reordered and len(past) * several == session.batch_size_
+        text = "beams or continuations of a text that came in part by steps: this session has not all its ids"
+        _require(fits or unknown <= 0 or not past.shape[1], text)
+        usable = past.shape[1] if fits else 0
         session.keep(max(0, min(session.get_seq_length(), usable, whole.shape[1] - 1)))
         session.output_ids = past
         if not past.shape[1]:
@@ -3306,10 +3395,12 @@ class _CausalLM(_Distributed):
         return (mask.cumsum(1) > 0).long() if getattr(generation_config, "is_assistant", False) else mask
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        generation_config.cache_implementation = None  # a session is the cache
+        generation_config.prefill_chunk_size = None  # servers see to that
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         session, (*_, rows, max_cache_length) = model_kwargs[_CACHE], args
         ends = generation_config.eos_token_id
-        session.ends = [ends] if isinstance(ends, int) else list(() if ends is None else ends)
+        session.ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
         rows *= max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         # an assistant is called again and again
         ahead = 2048 if getattr(generation_config, "is_assistant", False) else 0
@@ -4408,8 +4499,8 @@ class ServerSession:
         self.lora_bytes = 0  # of the client's own
         self.push_from: str | None = metadata.get("push_from")  # "": nobody; None: the client names none
         self.seen: deque[str] = deque(maxlen=MAX_SEEN)  # ids of the steps that were run
-        # by the position at which their turn comes; the event: it was answered, or no turn comes
-        self.pushes: dict[int, tuple[ExpertRequest, dict, asyncio.Event]] = {}
+        # by the position at which their turn comes; the event: it was answered, or no turn comes; bytes
+        self.pushes: dict[int, tuple[ExpertRequest, dict, asyncio.Event, int]] = {}
         self.answered = asyncio.Event()  # that of the push whose turn came last
         self.busy: asyncio.Future = asyncio.ensure_future(asyncio.sleep(0))  # the executor's latest work
         self.pushing: set[asyncio.Task] = set()  # outputs on their way to the next server
@@ -4428,7 +4519,7 @@ class ServerSession:
         elif self.tables is None or (full and start != self.position):
             logger.info("session %s: dropped a push, %d are waiting", self.id[:8], len(self.pushes))
         elif metadata.get("step_id") not in self.seen:
-            self.pushes[start] = request, metadata, asyncio.Event()
+            self.pushes[start] = request, metadata, asyncio.Event(), _size(request)
             self.news.set()
 
     async def next(self) -> tuple[ExpertRequest, dict] | None:
@@ -4439,7 +4530,7 @@ class ServerSession:
             self.reading.add_done_callback(lambda _: self.news.set())
         while not self.reading.done():
             if self.position in self.pushes:
-                request, metadata, self.answered = self.pushes.pop(self.position)
+                request, metadata, self.answered, _ = self.pushes.pop(self.position)
                 return request, metadata
             self.news.clear()
             end = min(time.monotonic() + STEP_TIMEOUT, self.deadline)
@@ -4494,6 +4585,8 @@ class TransformerConnectionHandler(ServicerBase):
         stream = Incoming(info, reader, writer, kind, hold, task.cancel)
         if rpc in (self.rpc_push_stream, self.rpc_direct):
             stream.most = 2 * OFFLOAD_BYTES  # `Roads.push` sends no more
+        elif rpc != self.rpc_inference:  # what is large comes in parts
+            stream.most = PART_BYTES + 2 * OFFLOAD_BYTES
         try:
             async with contextlib.aclosing(rpc(stream.messages(), context)) as responses:
                 async for response in responses:
@@ -4514,9 +4607,10 @@ class TransformerConnectionHandler(ServicerBase):
 
     def _blocks(self, uid: str) -> range:
         """A request's blocks."""
+        served = f"consecutive blocks of {self.uids[0]} to {self.uids[-1]}"
+        expect(len(uid) <= len(" ".join(self.uids)), served, f"{uid[:99]} …")  # before it takes time
         names = uid.split(" ")
         at = self.uids.index(names[0]) if names[0] in self.uids else 0
-        served = f"consecutive blocks of {self.uids[0]} to {self.uids[-1]}"
         expect(self.uids[at : at + len(names)] == names, served, uid)
         return self.server.span[at : at + len(names)]
 
@@ -4642,8 +4736,8 @@ class TransformerConnectionHandler(ServicerBase):
         metadata = checked_metadata(request)
         session = self.sessions.get(metadata.get("session_id"))
         if session is not None:
-            waiting = (push for each in self.sessions.values() for push, *_ in each.pushes.values())
-            session.push(request, metadata, context.remote_id, sum(map(_size, waiting)))
+            held = sum([size for each in self.sessions.values() for *_, size in each.pushes.values()])
+            session.push(request, metadata, context.remote_id, held)
             # who pushed a prompt answers the client after those who come later in the chain
             push = session.pushes.get(metadata.get("start_from_position"))
             if push is not None and _size(request) > OFFLOAD_BYTES:
@@ -4708,8 +4802,9 @@ class TransformerConnectionHandler(ServicerBase):
         expect(same, f"a step for the session's {blocks}", request.uid)
         hidden, prompts, hypo_ids, own = await self._inputs(request, metadata, blocks)
         expect(len(hidden) == rows, f"hidden states of the session's {rows} rows", len(hidden))
-        order = hypo_ids.tolist() if hypo_ids.numel() else []
-        fits = not order or (len(order) == rows and all(_count(i) and i < rows for i in order))
+        expect(hypo_ids.shape in [(0,), (rows,)], f"{rows} hypo_ids", hypo_ids)
+        order = hypo_ids.tolist()
+        fits = all(_count(i) and i < rows for i in order)
         expect(fits, f"hypo_ids: {rows} of 0 to {rows - 1}", order)
         start = metadata.get("start_from_position", session.position)
         expect(start <= session.position, f"start_from_position up to {session.position}", start)

@@ -26,6 +26,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import contextvars
 import copy
 import ctypes
 import dataclasses
@@ -68,6 +69,7 @@ from unittest.mock import Mock
 
 import hivemind
 import msgpack
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -2434,7 +2436,7 @@ def test_prompts_stay_in_float32_and_a_plain_loop_trains_them(llama, tmp_path):
         {"tuning_mode": "ptune"},
         {"tuning_mode": "ptune", "pre_seq_len": "4"},
     ):
-        with pytest.raises(ValueError, match="expected ptune"):
+        with pytest.raises(ValueError, match="expected (ptune|a number)"):
             llama.load(**bad)
 
 
@@ -8784,3 +8786,221 @@ vBYQl0ssI200dcD
 
 if __name__ == "__main__":
     search_seeds()
+
+
+# ============================================================================================================
+# Sessions that are refused something, or go on in another way
+# ============================================================================================================
+
+
+def goes_on(reference, text: torch.Tensor, new: int, **options) -> list[list[int]]:
+    """What greedy search adds to a text."""
+    return [row[text.shape[1] :] for row in greedy(reference, text, new=new, **options)]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("how", [{"num_beams": 2}, {"num_return_sequences": 2, "num_beams": 3}])
+@pytest.mark.parametrize("asks", ["to go on", "with more"])
+def test_a_session_goes_on_by_beams_and_then_by_none(llama, how, asks, padded):
+    """The caches start over, for there are more rows; the text does not."""
+    ids = some_ids(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, : 2 * padded] = 0
+    more = None if asks == "to go on" else some_ids(2, 2, seed=1)
+    with llama.model.inference_session(max_length=64):
+        text = torch.tensor(greedy(llama.model, ids, new=3, attention_mask=mask))
+        whole = text if more is None else torch.cat([text, more], 1)
+        mask = F.pad(mask, (0, whole.shape[1] - 6), value=1)
+        beams = goes_on(llama.reference, whole, new=3, attention_mask=mask, **how)
+        given = 0 if more is None else more.shape[1]  # what it was given it returns, too
+        assert [row[given:] for row in greedy(llama.model, more, new=3, **how)] == beams
+        if "num_return_sequences" not in how:
+            whole, mask = torch.cat([whole, torch.tensor(beams)], 1), F.pad(mask, (0, 3), value=1)
+            due = goes_on(llama.reference, whole, new=3, attention_mask=mask)
+            assert greedy(llama.model, None, new=3) == due
+
+
+def test_padded_beams_that_are_interrupted_leave_the_text_before_them(llama):
+    def interrupt(*_: object) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    ids = some_ids(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    with llama.model.inference_session(max_length=64):
+        text = torch.tensor(greedy(llama.model, ids, new=3, attention_mask=mask, num_beams=2))
+        with pytest.raises(KeyboardInterrupt):
+            greedy(llama.model, ids, new=3, num_beams=2, logits_processor=[interrupt])
+        due = goes_on(llama.reference, text, new=3, attention_mask=F.pad(mask, (0, 3), value=1))
+        assert greedy(llama.model, None, new=3) == due
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["a mask", "a length", "a step", "a text"])
+def test_what_is_refused_leaves_a_session_as_it_was(llama, what):
+    """Also where another batch size would let it start over."""
+    model, ids, two = llama.model, some_ids(1, 6), some_ids(2, 3)
+    with model.inference_session(max_length=12) as session:
+        text = torch.tensor(greedy(model, ids, new=2))
+        with pytest.raises(pm.UserError):
+            if what == "a mask":
+                model(two, attention_mask=torch.ones(2, 7))
+            elif what == "a length":
+                model(two.repeat(1, 9))
+            elif what == "a step":
+                session.step(torch.randn(2, 100, model.config.hidden_size))
+            else:
+                greedy(model, two.repeat(1, 5), new=1)
+        assert session.position == 7
+        assert greedy(model, None, new=2) == goes_on(llama.reference, text, new=2)
+
+
+@torch.no_grad()
+def test_a_forward_pass_after_beams_begins_a_text_of_its_own(llama):
+    ids, own, more = some_ids(1, 6), some_ids(1, 4, seed=1), some_ids(1, 2, seed=2)
+    with llama.model.inference_session(max_length=64) as session:
+        greedy(llama.model, ids, new=3, num_beams=2)
+        assert session.position == 0
+        close(llama.model(own).logits, llama.reference(own).logits)
+        new = [more[0].tolist() + goes_on(llama.reference, torch.cat([own, more], 1), new=4)[0]]
+        assert greedy(llama.model, more, new=4) == new
+    with llama.model.inference_session(max_length=64) as session:
+        llama.model(own)
+        with pytest.raises(pm.UserError, match="in part by steps"):
+            greedy(llama.model, more, new=4, num_beams=2)
+        assert session.position == 4 and greedy(llama.model, more, new=4) == new
+
+
+@torch.no_grad()
+def test_numbers_may_be_numpys_or_a_tensors(llama):
+    """What is no whole number is refused at once: a server would refuse it, and be blamed for that."""
+    ids, hidden = some_ids(1, 4), torch.randn(2, 4, llama.model.config.hidden_size)
+    for length in (np.int64(9), torch.tensor(9)):
+        with llama.model.inference_session(max_length=length) as session:
+            greedy(llama.model, ids, new=2, eos_token_id=np.int64(3), pad_token_id=0)
+            session.position = np.int64(3)
+            assert session.position == 3
+    due = llama.model.remote(hidden, left_pad=[0, 2])
+    for pads in (torch.tensor([0, 2]), np.array([0, 2])):
+        with llama.model.inference_session(max_length=8, left_pad=pads) as session:
+            close(session.step(hidden)[1, 2:], due[1, 2:])
+        close(llama.model.remote(hidden, left_pad=pads), due)
+    for length in ("a", 9.0):
+        with pytest.raises(pm.UserError, match="max_length .*: expected a whole number"):
+            llama.model.inference_session(max_length=length)
+    with pytest.raises(pm.UserError, match="request_timeout 'soon': expected a number"):
+        llama.load(request_timeout="soon")
+    model = llama.load(tuning_mode="lora", lora_rank=np.int64(2), lora_alpha=np.float32(4), max_retries=0)
+    assert greedy(model, ids, new=2) == greedy(llama.reference, ids, new=2)
+
+
+def test_a_default_dtype_that_no_server_takes(llama):
+    ids = some_ids(1, 4)
+    expected, model = greedy(llama.reference, ids, new=2), llama.load(max_retries=0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert greedy(model, ids, new=2) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_generator_with_a_session_whose_steps_run_in_several_contexts(llama):
+    """As web servers run them: its session is closed with it."""
+    opened = []
+
+    def stream() -> Iterator[list]:
+        with llama.model.inference_session(max_length=16) as session:
+            opened.append(session)
+            for ids in (some_ids(1, 4), None):
+                yield greedy(llama.model, ids, new=2, session=session)
+
+    texts = stream()
+    for _ in range(2):
+        contextvars.copy_context().run(next, texts)
+    assert contextvars.copy_context().run(next, texts, "over") == "over" and opened[0].closed
+
+
+def test_a_prompt_in_chunks_and_a_cache_by_the_config_are_the_servers_business(llama):
+    ids = some_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    expected = greedy(llama.reference, ids, new=3, attention_mask=mask)
+    assert greedy(llama.model, ids, new=3, attention_mask=mask, prefill_chunk_size=4) == expected
+    config = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, cache_implementation="static")
+    assert llama.model.generate(ids, attention_mask=mask, generation_config=config).tolist() == expected
+
+
+@pytest.mark.parametrize("mode", ["ptune", "lora"])
+def test_embeddings_that_were_resized_are_saved_with_what_is_trained(llama, tmp_path, mode):
+    model = llama.load(tuning_mode=mode, pre_seq_len=2 * (mode == "ptune"))
+    model.resize_token_embeddings(VOCAB + 4)
+    ids = torch.tensor([[5, 6, VOCAB + 2]])
+    model.save_pretrained(tmp_path)
+    again = llama.load(tmp_path)
+    with torch.no_grad():
+        close(again(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_a_server_of_short_sessions_does_not_have_longer_ones_reopened(crowd, server_of, initial_peers):
+    """Those that take a session decide how far ahead it reserves room, not those that do not."""
+    options = {"dht_prefix": "few-hf", "initial_peers": initial_peers}
+    for most in (32, 512):
+        server_of(crowd.path, 0, LAYERS, dht_prefix="few-hf", inference_max_length=most)
+    model, lengths = pm.AutoDistributedModelForCausalLM.from_pretrained(crowd.path, **options), set()
+    with model.inference_session() as session:
+        for _ in range(100):
+            session.step(torch.randn(1, 1, 48))
+            lengths.add(session.max_length)
+    assert len(lengths) <= 3, lengths
+
+
+def test_a_server_reads_neither_a_long_uid_nor_long_hypo_ids(crowd, initial_peers):
+    """Of a stranger's 32 MiB the text of all blocks' names would be three times as much."""
+    [server] = crowd.servers[1:]
+    stranger = strangers_to({"1": server})["1"]
+    hidden = torch.zeros(1, 1, 48)
+    metadata = {"max_length": 8}
+    request = pm.pack_request("aa " * 2**23, [hidden, pm.NOTHING, pm.NO_IDS], metadata)
+    with pytest.raises(P2PHandlerError, match="expected consecutive blocks.{,300}$"):
+        stranger.call_by_stream("rpc_inference", [request])
+    uid, ids = " ".join(server.handler.uids), torch.zeros(2**20, dtype=torch.int64)
+    with pytest.raises(P2PHandlerError, match=r"expected 1 hypo_ids; \[\[1048576\], torch.int64\] came"):
+        stranger.call_by_stream("rpc_inference", [pm.pack_request(uid, [hidden, pm.NOTHING, ids], metadata)])
+    stranger.close()
+
+
+def test_what_a_server_says_cannot_move_a_terminals_cursor():
+    error = pm._first_line("\x1b[2J\x1b]0;owned\x07 no" + "!" * 2**20)
+    assert error.isprintable() and len(error) == 1000
+
+
+def test_one_peer_cannot_have_all_direct_streams(crowd):
+    door, peer = pm.Door(None), crowd.servers[0].swarm.peer_id
+    door.listeners, other = [object()], crowd.servers[1].swarm.peer_id
+    door.known = dict.fromkeys(map(object.__new__, [object] * (pm.MAX_DIRECT // 4)), peer)
+    with pytest.raises(ValueError, match="where there are direct streams"):
+        door.ticket(peer, "rpc_inference")
+    assert door.ticket(other, "rpc_inference")["id"]
+
+
+FORKS = """
+import os, sys, torch, petals_min as pm
+path, prefix, *peers = sys.argv[1:]
+options = {"initial_peers": peers, "dht_prefix": prefix, "max_retries": 0}
+model, ids = pm.AutoDistributedModelForCausalLM.from_pretrained(path, **options), torch.arange(1, 9)[None]
+with torch.no_grad():
+    due = model(ids).logits
+    child = os.fork()
+    torch.testing.assert_close(model(ids).logits, due)
+if not child:
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_model_that_was_used_before_a_fork_works_in_both_processes(llama, folder, tmp_path):
+    (tmp_path / "forks.py").write_text(FORKS)
+    peers = [llama.hellos[0]["dht_prefix"], *llama.initial_peers]
+    result = Process(folder, llama.path, *peers, script=tmp_path / "forks.py").finish()
+    assert result.code == 0, result.err
