@@ -19,9 +19,9 @@ The trip of one token
        head.
 
 Sections: 1 basics, 2 families, 3 checkpoints, 4 wire, 5 direct streams, 6 directory, 7 routing, 8 to 10
-sessions (one server, the route, the user's side), 11 RemoteSequential, 12 auto classes, 13 blocks, 14 paged
-cache, 15 and 16 the executor, 17 requests without cache, 18 a server's sessions, 19 request handler,
-20 server, 21 command line, 22 demo.
+sessions (one server, the route, the user's side), 11 RemoteSequential, 12 models, 13 text generation, 14
+blocks, 15 paged cache, 16 and 17 the executor, 18 requests without cache, 19 a server's sessions, 20 request
+handler, 21 server, 22 command line, 23 demo.
 
 Threads: which one owns what
     wire thread      one per process: an asyncio loop that owns every socket, the libp2p host, the DHT node,
@@ -811,6 +811,16 @@ def pack_request(
         metadata = metadata | {"output_compression": [compression] * answers}
     packed = [pack(tensor, compression) for tensor in tensors]
     return ExpertRequest(uid=uid, tensors=packed, metadata=MSGPackSerializer.dumps(metadata))
+
+
+async def pack_response(outputs: Sequence[Tensor], metadata: dict) -> ExpertResponse:
+    """An answer, compressed as its request asks for it. ValueError if that cannot be."""
+    kinds = metadata.get("output_compression")
+    fit = kinds is None or (len(kinds) == len(outputs) and all(kind in COMPRESSIONS for kind in kinds))
+    expect(fit, f"output_compression of {len(outputs)} of {COMPRESSIONS}", kinds)
+    kinds = kinds or [runtime_pb2.NONE] * len(outputs)
+    size = sum([tensor.nbytes for tensor in outputs])
+    return await _off_loop(size, lambda: ExpertResponse(tensors=map(pack, outputs, kinds)))
 
 
 def unpack_request(request: ExpertRequest, metadata: dict) -> list[Tensor]:
@@ -3086,7 +3096,7 @@ async def _request(
 
 
 # ============================================================================================================
-# 12  Auto classes: transformers' models whose blocks are remote
+# 12  Models: transformers' classes whose blocks are remote
 # ============================================================================================================
 
 
@@ -3268,6 +3278,11 @@ class _Head(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return matmul.few(hidden, self.weight, self.bias)
+
+
+# ============================================================================================================
+# 13  Text generation, and the auto classes
+# ============================================================================================================
 
 
 def _pads_of(left_pad: Sequence[int], rows: int) -> list[int]:
@@ -3463,7 +3478,7 @@ class AutoDistributedModelForSequenceClassification(AutoDistributedModel):
 
 
 # ============================================================================================================
-# 13  Blocks: one transformer layer, for all families
+# 14  Blocks: one transformer layer, for all families
 # ============================================================================================================
 
 
@@ -3771,7 +3786,7 @@ class AdapterCheckpoint:
 
 
 # ============================================================================================================
-# 14  Paged cache: keys and values of all sessions of a server
+# 15  Paged cache: keys and values of all sessions of a server
 # ============================================================================================================
 
 
@@ -3893,7 +3908,7 @@ class RowTables:
 
 
 # ============================================================================================================
-# 15  Executor: the thread that owns the model
+# 16  Executor: the thread that owns the model
 # ============================================================================================================
 
 # Tokens of one pass; of one step in it, for a larger one (a prompt) goes in pieces of so many, a block at a
@@ -4202,7 +4217,7 @@ class Executor(threading.Thread):
 
 
 # ============================================================================================================
-# 16  Parts: what a step brings to a pass
+# 17  Parts: what a step brings to a pass
 # ============================================================================================================
 
 
@@ -4264,7 +4279,7 @@ class _Part:
 
 
 # ============================================================================================================
-# 17  Requests without cache: forward and backward passes
+# 18  Requests without cache: forward and backward passes
 # ============================================================================================================
 
 
@@ -4377,7 +4392,7 @@ class WithoutCache:
 
 
 # ============================================================================================================
-# 18  Sessions, the server's side: whose turn it is
+# 19  Sessions, the server's side: whose turn it is
 # ============================================================================================================
 
 MAX_PUSHES, MAX_PUSH_BYTES = 16, 2**28  # held until their turn: per session, in all sessions together
@@ -4550,7 +4565,7 @@ class ServerSession:
 
 
 # ============================================================================================================
-# 19  Request handler: what a server answers
+# 20  Request handler: what a server answers
 # ============================================================================================================
 
 
@@ -4648,15 +4663,6 @@ class TransformerConnectionHandler(ServicerBase):
         expect(len(pads) in (0, rows), f"left_pad of {rows} rows", pads)
         return *tensors[:states], prompts, hypo_ids, own
 
-    @staticmethod
-    async def _response(outputs: Sequence[Tensor], metadata: dict) -> ExpertResponse:
-        kinds = metadata.get("output_compression")
-        fit = kinds is None or (len(kinds) == len(outputs) and all(kind in COMPRESSIONS for kind in kinds))
-        expect(fit, f"output_compression of {len(outputs)} of {COMPRESSIONS}", kinds)
-        kinds = kinds or [runtime_pb2.NONE] * len(outputs)
-        size = sum([tensor.nbytes for tensor in outputs])
-        return await _off_loop(size, lambda: ExpertResponse(tensors=map(pack, outputs, kinds)))
-
     # ---- RPCs: information, forward and backward
 
     async def rpc_info(self, request: ExpertUID, context: P2PContext) -> ExpertInfo:
@@ -4708,7 +4714,7 @@ class TransformerConnectionHandler(ServicerBase):
         keep = f"{client} {blocks} {metadata['keep']}" if metadata.get("keep") else ""
         what = {"left_pad": pads, "own": own, "lora": self._adapter(metadata), "keep": keep}
         work = Work(blocks, hidden, prompts, *grad, **what)
-        return await self._response(await self.executor.submit(work), metadata)
+        return await pack_response(await self.executor.submit(work), metadata)
 
     async def rpc_forward_stream(self, requests: Requests, context: P2PContext) -> Responses:
         wanted = f"expected the whole request within {REQUEST_TIMEOUT:g} s"
@@ -4826,7 +4832,7 @@ class TransformerConnectionHandler(ServicerBase):
         output = await asyncio.shield(session.busy)
         session.drop({session.position} - {end})  # what else was pushed for the place where it was looked at
         session.position = end
-        response = await self._response([output], metadata)
+        response = await pack_response([output], metadata)
         said = work.trace() if metadata.get("trace") else {}
         if session.push_from and "pushed" not in metadata:
             said["pushed"] = False  # the client had to send what it had named another for
@@ -4861,7 +4867,7 @@ class TransformerConnectionHandler(ServicerBase):
 
 
 # ============================================================================================================
-# 20  Server: a process's offer to the swarm
+# 21  Server: a process's offer to the swarm
 # ============================================================================================================
 
 # int4 is more exact than nf4 (error .084 of Gaussian weights, nf4's .092), and needs no table
@@ -5101,7 +5107,7 @@ class Server:
 
 
 # ============================================================================================================
-# 21  Command line
+# 22  Command line
 # ============================================================================================================
 
 MAX_FILES = 2**16  # that a server opens, if it may: none of its limits lets it come near
@@ -5442,7 +5448,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 # ============================================================================================================
-# 22  Demo: a swarm of processes on this machine
+# 23  Demo: a swarm of processes on this machine
 # ============================================================================================================
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
