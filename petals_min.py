@@ -569,7 +569,7 @@ class ClientConfig:
         for entry in dataclasses.fields(self):
             value = kwargs.pop(entry.name, getattr(config, entry.name, getattr(self, entry.name)))
             convert = {"int": operator.index, "float": float}.get(entry.type.removesuffix(" | None"))
-            if convert and value is not None and value != math.inf:
+            if convert and value not in (None, math.inf) and type(value) not in (int, convert):
                 text = f"{entry.name} {value!r}: expected a number, of type {entry.type}"
                 with _failing_as(UserError, text, (TypeError, ValueError)):
                     value = convert(value)  # NumPy's, a tensor's
@@ -1669,8 +1669,9 @@ class Router:
         table = await read_directory(self.swarm, self.prefix, num_blocks(self.config))
         self.offers = list(filter(self._allowed, spans_of(table)))
         self.spans = list(filter(self._offers_all, self.offers))
-        known = self.known | {span.peer: span for span in self.spans}
-        self.known = dict(list(known.items())[-MAX_KNOWN:])
+        here = {span.peer: span for span in self.spans}
+        known = {peer: span for peer, span in self.known.items() if peer not in here} | here
+        self.known = dict(list(known.items())[-MAX_KNOWN:])  # those that are here last
         for its in (self.pings, self.indirect):
             for peer in its.keys() - self.known:
                 del its[peer]
@@ -2876,11 +2877,23 @@ class RemoteSequential(nn.Module):
             rows, columns = shapes[f"{place}.weight"]
             self.lora_A[name] = nn.Parameter(_new_lora("lora_A", (*size, columns)))
             self.lora_B[name] = nn.Parameter(_new_lora("lora_B", (size[0], rows, size[1])))
-        # shared with slices, which are shallow copies
+        self._connect_by(dht)
+
+    def _connect_by(self, dht: Any) -> None:
+        """What slices and copies share."""
         self._dht, self._opening = dht, threading.Lock()
         self._routers: list[Router] = []  # one, once it is needed
         # sessions (or None: none from here on) of the `with`s we are in, the innermost last
         self._active = contextvars.ContextVar("active_sessions", default=())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: another process joins the swarm itself."""
+        ours = ("_dht", "_opening", "_routers", "_active")
+        return {name: value for name, value in vars(self).items() if name not in ours}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._connect_by(None)
 
     @property
     def router(self) -> Router:
@@ -2900,6 +2913,11 @@ class RemoteSequential(nn.Module):
         part = copy.copy(self)
         part.blocks = chosen
         return part
+
+    def __copy__(self) -> RemoteSequential:
+        other = type(self).__new__(type(self))
+        vars(other).update(vars(self))
+        return other
 
     def __deepcopy__(self, memo: dict) -> RemoteSequential:
         other = copy.copy(self)  # the same servers, and our one connection to them

@@ -43,6 +43,7 @@ import json
 import lzma
 import math
 import os
+import pickle
 import random
 import re
 import resource
@@ -9004,3 +9005,13 @@ def test_a_model_that_was_used_before_a_fork_works_in_both_processes(llama, fold
     peers = [llama.hellos[0]["dht_prefix"], *llama.initial_peers]
     result = Process(folder, llama.path, *peers, script=tmp_path / "forks.py").finish()
     assert result.code == 0, result.err
+
+
+@torch.no_grad()
+def test_a_pickled_model_joins_the_swarm_itself(llama):
+    ids = some_ids(1, 5)
+    due = llama.model(ids).logits
+    again = pickle.loads(pickle.dumps(llama.model))
+    assert again.remote.router is not llama.model.remote.router
+    close(again(ids).logits, due)
+    assert greedy(again, ids, new=3) == greedy(llama.model, ids, new=3)
