@@ -4965,6 +4965,9 @@ class Server:
         self._adapters = [AdapterCheckpoint(name, self.config, **hub) for name in map(str, self.adapters)]
         best_device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(best_device if self.device == "auto" else self.device)
+        if self.device.type == "cuda" and (has := torch.cuda.get_device_capability(self.device)) < (8, 0):
+            text = f"device {self.device} has compute capability {has[0]}.{has[1]}: expected 8.0 or more"
+            raise UserError(f"{text}, for the kernels; take --device cpu or another one")
         # a CPU without AVX-512 is slower in 16 bits than in 32 (KERNELS.md, CPU)
         slow = self.device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
         stored = parse_dtype(self.config.dtype) or self.checkpoint.dtype()

@@ -7899,11 +7899,12 @@ def interpreted_matmul():
 
 def test_graphs_are_bounded_and_do_without_where_they_cannot_be(monkeypatch, caplog):
     """Those used last are kept. Where a capture fails, steps go on without; that is logged once."""
-    made, plan, captures = graphs.Graphs(), attention.plan([[0]], [1], [1], PAGE), []
+    made, plan, captures, handed = graphs.Graphs(), attention.plan([[0]], [1], [1], PAGE), [], []
 
-    def capture(compute, pool):
+    def capture(compute, shared):
         captures.append(output := compute().clone())
-        return output, lambda: output.copy_(compute()), pool
+        handed.append(shared)
+        return output, lambda: output.copy_(compute()), shared or "a pool"
 
     def run(key, number: float) -> float:
         return made.run(key, lambda plan, x, none: x + key, plan, torch.tensor([number]), None).item()
@@ -7913,6 +7914,8 @@ def test_graphs_are_bounded_and_do_without_where_they_cannot_be(monkeypatch, cap
     assert [run(1, n) for n in (1, 2, 3, 4)] == [2, 3, 4, 5] and len(captures) == 1
     assert [run(key, 1) for key in (2, 2, 1, 3, 3, 1, 2)] == [3, 3, 2, 4, 4, 2, 3] and len(captures) == 3
     assert list(made.captured) == [1, 2] and made.captured[1] and not made.captured[2]
+    assert handed == [None, "a pool", "a pool"]
+    assert [run(key, 1) for key in (5, 6, 6)] == [6, 7, 7] and handed[3:] == [None]  # none was left in it
     monkeypatch.setattr(graphs, "capture", lambda compute, pool: 1 / 0)
     assert [run(key, 1) for key in (2, 2, 4, 4)] == [3, 3, 5, 5] and not made.usable
     assert sum("no CUDA graphs" in record.message for record in caplog.records) == 1
@@ -9015,3 +9018,10 @@ def test_a_pickled_model_joins_the_swarm_itself(llama):
     assert again.remote.router is not llama.model.remote.router
     close(again(ids).logits, due)
     assert greedy(again, ids, new=3) == greedy(llama.model, ids, new=3)
+
+
+def test_a_gpu_that_the_kernels_do_not_run_on_is_refused_before_anything_is_announced(llama, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(pm.UserError, match="cuda has compute capability 7.5: expected 8.0 or more.*cpu"):
+        pm.Server(llama.path, block_indices=(0, 1))

@@ -30,18 +30,20 @@ def size(rows: int, pages: int) -> tuple[int, int]:
     return 1 << (rows - 1).bit_length(), max(MIN_WIDTH, 1 << (pages - 1).bit_length())
 
 
-def capture(compute: Callable[[], torch.Tensor], pool) -> tuple[torch.Tensor, Callable[[], None], object]:
+def capture(compute: Callable[[], torch.Tensor], shared) -> tuple[torch.Tensor, Callable[[], None], tuple]:
     """Record what `compute` launches on the current device: its output, whose numbers each call of the second
-    result renews; and the memory pool, which graphs that never run at once may share. All kernels must have
-    run before: loading one cannot be recorded. Other threads may go on using the device."""
+    result renews; and the memory pool with its stream, which graphs that never run at once may share (None: a
+    new one; a block of a pool serves only the stream that it came from). All kernels must have run before:
+    loading one cannot be recorded. Other threads may go on using the device."""
     graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    its = {"pool": pool, "stream": torch.cuda.Stream(), "capture_error_mode": "thread_local"}
+    pool, stream = shared or (None, torch.cuda.Stream())
+    its = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
     try:
         with _capturing, torch.cuda.graph(graph, **its):
             output = compute()
     finally:
         torch.cuda.set_stream(before)  # which PyTorch does not do where a capture fails
-    return output, graph.replay, graph.pool()
+    return output, graph.replay, (graph.pool(), stream)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Graphs:
     def __init__(self):
         # the ones used last at the end; None: of shapes that were seen once
         self.captured: OrderedDict[Hashable, _Captured | None] = OrderedDict()
-        self.pool, self.usable = None, True
+        self.shared, self.usable = None, True  # of these graphs: a memory pool, a stream
 
     def run(self, key: Hashable, compute: Callable[..., torch.Tensor], plan: Plan, *inputs):
         """compute(plan, *inputs) for tensors (or None) whose shapes and the plan's go with `key`. The second
@@ -83,8 +85,9 @@ class Graphs:
 
     def _capture(self, compute: Callable, plan: Plan, inputs: tuple) -> _Captured | None:
         """Without graphs a step is slower, not wrong: where one cannot be captured, the server goes on."""
+        shared = self.shared if any(self.captured.values()) else None  # a pool ends with its last graph
         try:
-            output, replay, self.pool = capture(lambda: compute(plan, *inputs), self.pool)
+            output, replay, self.shared = capture(lambda: compute(plan, *inputs), shared)
         except Exception:
             self.usable = False
             self.captured.clear()
