@@ -969,10 +969,6 @@ class Stream:
         info, reader, writer = await _within(timeout, peer, opening)
         return cls(peer, reader, writer, str(info.addr))
 
-    def abandon(self) -> None:
-        """End it, though something be left to be sent: a frozen peer reads nothing any more."""
-        self.writer.transport.abort()
-
     @property
     def moved(self) -> int:
         """Bytes that have left us or come: while it grows, the peer or what is before it lives."""
@@ -1180,15 +1176,19 @@ class Door:
 
     def ticket(self, peer: PeerID, rpc: str) -> dict[str, Any]:
         """For one connection of this peer to one of our handlers."""
-        open = self.listeners and len(self.known) < MAX_DIRECT
-        open = open and sum([each == peer for each in self.known.values()]) < MAX_DIRECT // 4
-        expect(rpc in DIRECT and open, f"one of {DIRECT}, where there are direct streams", rpc)
+        fits = rpc in DIRECT and self.listeners and self._admits(peer)
+        expect(fits, f"one of {DIRECT}, where there are direct streams", rpc)
         now, id, key = time.monotonic(), os.urandom(ID_BYTES), AESGCM.generate_key(128)
         for old, (until, *_) in list(self.tickets.items()):  # the oldest first
             if until < now or len(self.tickets) >= MAX_TICKETS:
                 del self.tickets[old]
         self.tickets[id] = now + TICKET_SECONDS, key, peer, f"{HANDLER}.{rpc}"
         return {"port": self.port, "id": id, "key": key}
+
+    def _admits(self, peer: PeerID) -> bool:
+        """Whether it may have one more: a quarter of all at most."""
+        its = sum([each == peer for each in self.known.values()])
+        return len(self.known) < MAX_DIRECT and its < MAX_DIRECT // 4
 
     def greet(self, one: Sealed) -> None:
         """A connection has come; it must show a ticket soon."""
@@ -1207,7 +1207,7 @@ class Door:
         """Give the connection to the handler that its ticket is for, as libp2p's daemon does with a
         stream."""
         until, key, peer, name = self.tickets.pop(id, (-math.inf, b"", None, ""))
-        if until < time.monotonic():
+        if until < time.monotonic() or not self._admits(peer):
             return one.transport.abort()
         self.leave(one)
         self.known[one] = peer
@@ -2246,7 +2246,9 @@ class Hop:
             self._fail(PeerError("the session was closed", self.span.peer))
             farewell = _spawn(_at_most(FAREWELL_SECONDS, self._farewell()))
             farewell.add_done_callback(lambda _: self.reader.cancel())
-            asyncio.get_running_loop().call_later(2 * FAREWELL_SECONDS, self.stream.abandon)
+            # a frozen peer reads nothing any more
+            end = self.stream.writer.transport.abort
+            asyncio.get_running_loop().call_later(2 * FAREWELL_SECONDS, end)
 
     async def _farewell(self) -> None:
         await self.stream.send(ExpertRequest())
@@ -2613,6 +2615,7 @@ class InferenceSession(transformers.Cache):
         # since position 0: the rows may then differ from the text that `generate` returned
         self.reordered = False
         self.output_ids: Tensor | None = None  # [B, tokens] of the `generate` calls so far
+        self.stand_ins = 0  # up to which of these ids some are not known: they came by steps or embeddings
         self.writing = False  # whether it is `generate` that steps
         self.ends: list[int] = []  # token ids that end a row in the current or last `generate`
         self.even = math.inf  # up to where no row has padding because it ended before others
@@ -2722,14 +2725,16 @@ class InferenceSession(transformers.Cache):
         length = self.max_length
         with self._unless_refused():
             step = self._next_step(hidden, prompts, hypo_ids)
-        if hidden.shape[1] and not (self._position or self.writing):  # a new text, its ids unknown
-            self.output_ids, self.even = None, math.inf
+        begins = not (self._position or self.writing)
         self.batch_size_, self._begun, began = len(hidden), self._begun + 1, time.perf_counter()
         try:
             output = wire().call(self._run(step)).to(hidden.device, hidden.dtype)
         except BaseException:
             self.max_length = length
             raise
+        finally:
+            if begins and self._position:  # a new text, its ids unknown
+                self.output_ids, self.stand_ins, self.even = None, 0, math.inf
         if self.config.trace:
             self._seconds.append(time.perf_counter() - began)
         return output
@@ -3195,9 +3200,10 @@ class _Distributed:
         is trained. A LoRA is also saved in PEFT's format, for PEFT and for servers to host."""
         given = kwargs.pop("state_dict", None)  # transformers' Trainer gives all that is here
         state = self.state_dict() if given is None else given
-        sizes = self._sizes  # resize_token_embeddings makes others
-        trained = {name: state[name] for name, p in self.named_parameters()
-                   if p.requires_grad or p.shape != sizes.get(name, p.shape)}  # fmt: skip
+        trained = {name: state[name] for name, p in self.named_parameters() if p.requires_grad}
+        if trained:  # the base has other sizes of what resize_token_embeddings changed
+            sized = ((name, self._sizes.get(name, p.shape), p) for name, p in self.named_parameters())
+            trained |= {name: state[name] for name, size, p in sized if p.shape != size}
         base = self.config.base_model_name_or_path or self.config.name_or_path
         base = os.path.abspath(base) if os.path.isdir(base) else base
         self.config.base_model_name_or_path = base if trained else None
@@ -3303,6 +3309,9 @@ class _Head(nn.Linear):
 # ============================================================================================================
 
 
+_STAND_INS = "a text that came in part by steps or embeddings cannot be computed anew: not all ids are known"
+
+
 def _pads_of(left_pad: Sequence[int], rows: int) -> list[int]:
     """The padding of so many texts, from that of their beams."""
     return [left_pad[row * len(left_pad) // rows] for row in range(rows)] if left_pad else []
@@ -3336,7 +3345,7 @@ class _CausalLM(_Distributed):
                 session = ours.enter_context(contextlib.closing(self.inference_session()))
             with session._unless_refused():
                 if not opened and cache is None:
-                    inputs, seen = self._resume(session, inputs, self._several(*args, **kwargs), kwargs)
+                    inputs, seen = self._resume(session, inputs, kwargs)
                 elif inputs is not None and session.get_seq_length() == inputs.shape[1]:  # of the whole text,
                     session.keep(inputs.shape[1] - 1)  # as transformers has it: something must be left
                 session.writing = True
@@ -3357,29 +3366,25 @@ class _CausalLM(_Distributed):
         # what came as embeddings has stand-ins for its ids
         ahead = embeds.shape[1] if inputs is None and embeds is not None else 0
         given = ahead or (1 if inputs is None else inputs.shape[1])
-        self._note(session, F.pad(sequences, (ahead, 0)), given)
+        self._note(session, F.pad(sequences, (ahead, 0)), given, ahead)
         if plain:
             return sequences[:, seen:]
         result.sequences = sequences[:, seen:]
         return result
 
-    def _note(self, session: InferenceSession, text: Tensor, given: int) -> None:
-        """Let the session go on from this text [B, T], whose first tokens were given."""
+    def _note(self, session: InferenceSession, text: Tensor, given: int, ahead: int) -> None:
+        """Let the session go on from this text [B, T], whose first tokens were given, `ahead` of them as
+        embeddings."""
         if session.reordered or len(text) != session.batch_size_:  # the caches hold other beams: they
             session.reset()  # start over
         session.left_pad = _pads_of(session.left_pad, len(text))
+        session.stand_ins = max(ahead, min(session.stand_ins, text.shape[1]))
         session.output_ids, ends = text, torch.tensor(session.ends, dtype=text.dtype, device=text.device)
         # rows that ended before others: what follows their end is padding
         ended = torch.isin(text[:, given:-1], ends).any(0).nonzero()
         session.even = given + ended[0].item() + 1 if len(ended) else math.inf
 
-    def _several(self, config: Any = None, *_: Any, generation_config: Any = None, **kwargs: Any) -> int:
-        """Rows of each text: its beams or continuations, by transformers' `generate`'s arguments."""
-        config = config or generation_config or self.generation_config
-        names = ("num_beams", "num_return_sequences")
-        return max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
-
-    def _resume(self, session: InferenceSession, inputs: Tensor | None, several: int, kwargs: dict) -> tuple:
+    def _resume(self, session: InferenceSession, inputs: Tensor | None, kwargs: dict) -> tuple:
         """Put the session's text so far before the inputs, and its mask before theirs; returns also its
         length."""
         past, given = session.output_ids, kwargs.get("attention_mask")
@@ -3389,18 +3394,17 @@ class _CausalLM(_Distributed):
         if unknown > 0:  # tokens that came by `step` or a forward pass have stand-ins for their ids
             _require(inputs is not None, "generate(None) goes on from a text: this session ends in steps")
             past = F.pad(past, (0, unknown))
+            session.stand_ins = past.shape[1]
         if inputs is not None and len(inputs) != len(past):  # another batch: nothing to go on from
             past = inputs[:, :0]
         text = "some rows of this session ended before others: give each its own, or the text padded left"
         _require(past.shape[1] <= session.even, text)
         whole = past if inputs is None else torch.cat([past, inputs.to(past.device)], dim=1)
         # something must be left to compute
-        fits = not session.reordered and len(past) * several == session.batch_size_
-        text = "beams or continuations of a text that came in part by steps: this session has not all its ids"
-        _require(fits or unknown <= 0 or not past.shape[1], text)
-        usable = past.shape[1] if fits else 0
+        usable = 0 if session.reordered or len(past) != session.batch_size_ else past.shape[1]
         session.keep(max(0, min(session.get_seq_length(), usable, whole.shape[1] - 1)))
         session.output_ids = past
+        _require(session.get_seq_length() >= min(session.stand_ins, past.shape[1]), _STAND_INS)
         if not past.shape[1]:
             return inputs, 0
         mask = torch.ones_like(whole)
@@ -3435,6 +3439,11 @@ class _CausalLM(_Distributed):
         ends = generation_config.eos_token_id
         session.ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
         rows *= max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        if session.position and rows != session.batch_size_:  # more beams or continuations: from the start
+            text = session.output_ids
+            _require(text is None or not min(session.stand_ins, text.shape[1]), _STAND_INS)
+            session._start_over_unless(rows)
+            session.output_ids = text
         # an assistant is called again and again
         ahead = 2048 if getattr(generation_config, "is_assistant", False) else 0
         session.reserve(max_cache_length + 1 + self.config.pre_seq_len, ahead, rows)
@@ -4965,9 +4974,11 @@ class Server:
         self._adapters = [AdapterCheckpoint(name, self.config, **hub) for name in map(str, self.adapters)]
         best_device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(best_device if self.device == "auto" else self.device)
-        if self.device.type == "cuda" and (has := torch.cuda.get_device_capability(self.device)) < (8, 0):
-            text = f"device {self.device} has compute capability {has[0]}.{has[1]}: expected 8.0 or more"
-            raise UserError(f"{text}, for the kernels; take --device cpu or another one")
+        if self.device.type == "cuda":
+            with _failing_as(UserError, f"device {self.device}"):
+                major, minor = torch.cuda.get_device_capability(self.device)
+            text = f"device {self.device} has compute capability {major}.{minor}: expected 8.0 or more"
+            _require(major >= 8, f"{text}, for the kernels; take --device cpu or another one")
         # a CPU without AVX-512 is slower in 16 bits than in 32 (KERNELS.md, CPU)
         slow = self.device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
         stored = parse_dtype(self.config.dtype) or self.checkpoint.dtype()

@@ -8870,9 +8870,16 @@ def test_a_forward_pass_after_beams_begins_a_text_of_its_own(llama):
         assert greedy(llama.model, more, new=4) == new
     with llama.model.inference_session(max_length=64) as session:
         llama.model(own)
-        with pytest.raises(pm.UserError, match="in part by steps"):
+        with pytest.raises(pm.UserError, match="in part by steps or embeddings"):
             greedy(llama.model, more, new=4, num_beams=2)
         assert session.position == 4 and greedy(llama.model, more, new=4) == new
+        with pytest.raises(pm.UserError, match="in part by steps or embeddings"):
+            greedy(llama.model, None, new=4, num_beams=2)
+    embeds = llama.model.get_input_embeddings()(ids)
+    with llama.model.inference_session(max_length=64) as session:
+        greedy(llama.model, new=3, inputs_embeds=embeds, num_beams=2)
+        with pytest.raises(pm.UserError, match="in part by steps or embeddings"):
+            greedy(llama.model, more, new=4)
 
 
 @torch.no_grad()
@@ -8934,13 +8941,14 @@ def test_a_prompt_in_chunks_and_a_cache_by_the_config_are_the_servers_business(l
     assert llama.model.generate(ids, attention_mask=mask, generation_config=config).tolist() == expected
 
 
-@pytest.mark.parametrize("mode", ["ptune", "lora"])
+@pytest.mark.parametrize("mode", ["ptune", "lora", None])
 def test_embeddings_that_were_resized_are_saved_with_what_is_trained(llama, tmp_path, mode):
     model = llama.load(tuning_mode=mode, pre_seq_len=2 * (mode == "ptune"))
     model.resize_token_embeddings(VOCAB + 4)
     ids = torch.tensor([[5, 6, VOCAB + 2]])
     model.save_pretrained(tmp_path)
     again = llama.load(tmp_path)
+    assert bool(again.config.base_model_name_or_path) == bool(mode)
     with torch.no_grad():
         close(again(ids).logits, model(ids).logits)
 
@@ -8974,6 +8982,52 @@ def test_a_server_reads_neither_a_long_uid_nor_long_hypo_ids(crowd, initial_peer
     stranger.close()
 
 
+def test_parts_of_a_streamed_request_are_as_large_as_petals_at_most(crowd):
+    """4 MiB; a single one of more than that would be parsed and measured at one go."""
+    stranger = strangers_to({"1": crowd.servers[1]})["1"]
+    for number, (size, fits) in enumerate([(pm.PART_BYTES, True), (5 * 2**20, False)]):
+        _, writer = stranger.stream(number, "rpc_forward_stream")
+        parts = b"\0" + size.to_bytes(8, "big"), bytes(pm.OFFLOAD_BYTES)
+        pm.wire().loop.call_soon_threadsafe(writer.writelines, parts)
+        if not fits:
+            assert f"a message of {pm.PART_BYTES + 2**19} bytes at most" in str(stranger.receive(number))
+    stranger.close()
+
+
+@torch.no_grad()
+def test_a_stream_by_libp2p_to_a_frozen_server_is_given_up(llama, folder, monkeypatch):
+    """Its daemon lives, and takes nothing more."""
+    monkeypatch.setattr(pm, "FAREWELL_SECONDS", 0.5)
+    named = ["--new_swarm", "--dht_prefix", "froze-hf", "--direct_port", -1]
+    with Process(folder, "serve", llama.path, *named, *SERVE, forked=True) as process:
+        options = {"initial_peers": process.hello()["initial_peers"], "dht_prefix": "froze-hf"}
+        model = llama.load(max_retries=0, **options)
+        hidden = torch.randn(1, 6000, llama.reference.config.hidden_size)
+        with model.remote.inference_session(max_length=8000) as session:
+            session.step(hidden[:, :1])
+            process.popen.send_signal(signal.SIGSTOP)
+            with pytest.raises(pm.PetalsError, match="silent"):
+                session.step(hidden)
+        sending = lambda: [each for each in pm._background if "_deliver" in repr(each)]  # noqa: E731
+        assert sending()
+        until(lambda: not sending(), 10)
+        process.popen.send_signal(signal.SIGCONT)
+
+
+def test_a_client_remembers_only_so_many_servers(crowd, initial_peers, monkeypatch):
+    """And those last that are not there."""
+    router = another_model(crowd, initial_peers).remote.router
+    pm.wire().call(router.refresh())
+    here = set(router.known)
+    gone = [pm.PeerID(b"\x12\x20" + bytes([number] * 32)) for number in range(9)]
+    monkeypatch.setattr(pm, "MAX_KNOWN", len(here) + 2)
+    span = router.spans[0]
+    router.known = dict.fromkeys(gone, span) | router.known
+    router.pings |= dict.fromkeys(gone, 1.0)
+    pm.wire().call(router.refresh())
+    assert set(router.known) == here | set(gone[-2:]) and not set(gone[:-2]) & router.pings.keys()
+
+
 def test_what_a_server_says_cannot_move_a_terminals_cursor():
     error = pm._first_line("\x1b[2J\x1b]0;owned\x07 no" + "!" * 2**20)
     assert error.isprintable() and len(error) == 1000
@@ -8985,7 +9039,11 @@ def test_one_peer_cannot_have_all_direct_streams(crowd):
     door.known = dict.fromkeys(map(object.__new__, [object] * (pm.MAX_DIRECT // 4)), peer)
     with pytest.raises(ValueError, match="where there are direct streams"):
         door.ticket(peer, "rpc_inference")
-    assert door.ticket(other, "rpc_inference")["id"]
+    id = door.ticket(other, "rpc_inference")["id"]
+    door.known = dict.fromkeys(door.known, other)  # others of its tickets were shown meanwhile
+    aborted = []
+    door.admit(SimpleNamespace(transport=SimpleNamespace(abort=lambda: aborted.append(True))), id)
+    assert aborted and len(door.known) == pm.MAX_DIRECT // 4
 
 
 FORKS = """
